@@ -1,0 +1,31 @@
+"""Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
+
+from normswap import norms
+from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, plan_convert
+from normswap.errors import NormswapError, Refusal
+from normswap.registry import builds, kinds, read, reads
+from normswap.spec import Norm, exactness, reference, scale_shift
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Change",
+    "Norm",
+    "NormswapError",
+    "Plan",
+    "Refusal",
+    "Site",
+    "Skip",
+    "apply_recipe",
+    "builds",
+    "convert",
+    "exactness",
+    "find",
+    "kinds",
+    "norms",
+    "plan_convert",
+    "read",
+    "reads",
+    "reference",
+    "scale_shift",
+]

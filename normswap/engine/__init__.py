@@ -1,0 +1,8 @@
+"""Find, guard, plan, apply, replay."""
+
+from normswap.engine.convert import convert, plan_convert
+from normswap.engine.plan import Change, Plan, Skip
+from normswap.engine.recipe import apply_recipe
+from normswap.engine.sites import Site, find
+
+__all__ = ["Change", "Plan", "Site", "Skip", "apply_recipe", "convert", "find", "plan_convert"]

@@ -1,0 +1,121 @@
+"""From a norm to its replacement: built, and given all that the old module carried besides its mathematics."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
+from torch.nn.utils import parametrize
+
+from normswap import registry
+from normswap.norms.then import follow
+from normswap.spec import Norm
+
+_HOOKS = (
+    "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_TENSOR_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def fresh(norm: Norm) -> Norm:
+    """``norm`` with the affine and statistics of a new layer."""
+    values: dict[str, Tensor] = {}
+    for name, neutral in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        old = getattr(norm, name)
+        if old is not None:
+            new = torch.full_like(old.detach(), neutral)
+            values[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    if norm.num_batches_tracked is not None:
+        values["num_batches_tracked"] = torch.zeros_like(norm.num_batches_tracked)
+    return replace(norm, **values)  # type: ignore[arg-type]
+
+
+def build(norm: Norm, kind: str, options: dict[str, Any], init: str) -> nn.Module:
+    """The bare replacement of a norm. Raises what the builder raises: ``Refusal`` or ``NormswapError``."""
+    extra = {"init": init} if registry.takes_init(kind) else {}
+    return registry.builder(kind)(fresh(norm) if init == "reset" else norm, **options, **extra)
+
+
+def carry(source: nn.Module, built: nn.Module, norm: Norm, home: nn.Module | None = None) -> Callable[[], None]:
+    """Give ``built`` what ``source`` had: flags, followers, parametrizations, other children and attributes; in place.
+
+    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the hooks over, to be
+    called once nothing can fail any more.
+    """
+    _place(built, norm, home)
+    _flags(built, norm)
+    built.training = source.training
+    children = {name: child for name, child in source._modules.items() if child is not None}
+    followers = {name: child for name, child in children.items() if any(child is module for module in norm.then)}
+    _parametrizations(source, built)
+    for name, child in children.items():
+        if name not in followers and name != "parametrizations" and not hasattr(built, name):
+            built.add_module(name, child)
+    _other_tensors(source, built, norm)
+    _attributes(source, built)
+    follow(built, followers)
+
+    def hand_over_hooks() -> None:
+        for name in _HOOKS:
+            vars(built)[name] = hooks = vars(source)[name]
+            for hook in hooks.values() if isinstance(hooks, dict) else ():
+                if isinstance(hook, _WrappedHook) and hook.with_module:
+                    hook.module = weakref.ref(built)
+
+    return hand_over_hooks
+
+
+def _place(built: nn.Module, norm: Norm, home: nn.Module | None) -> None:
+    if norm.tensors or home is None:
+        return
+    for tensor in home.parameters():
+        if tensor.is_floating_point():
+            built.to(device=tensor.device, dtype=tensor.dtype)
+            return
+
+
+def _flags(built: nn.Module, norm: Norm) -> None:
+    """New parameters are trained if any of the old ones was."""
+    old = [t for t in norm.tensors.values() if isinstance(t, nn.Parameter)]
+    if old and not any(parameter.requires_grad for parameter in old):
+        known = {id(parameter) for parameter in old}
+        for parameter in built.parameters():
+            if id(parameter) not in known:
+                parameter.requires_grad_(False)
+
+
+def _parametrizations(source: nn.Module, built: nn.Module) -> None:
+    if not parametrize.is_parametrized(source):
+        return
+    for name, stack in source.parametrizations.items():  # type: ignore[union-attr]
+        if getattr(built, name, None) is not None:
+            parametrize.register_parametrization(built, name, nn.Identity(), unsafe=True)
+            built.parametrizations[name] = stack  # type: ignore[index, operator, union-attr]
+
+
+def _other_tensors(source: nn.Module, built: nn.Module, norm: Norm) -> None:
+    """Parameters and buffers that somebody else put on the norm."""
+    used = {id(tensor) for tensor in norm.tensors.values()}
+    for name, parameter in source._parameters.items():
+        if name not in _TENSOR_NAMES and id(parameter) not in used and not hasattr(built, name):
+            built.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        if name not in _TENSOR_NAMES and id(buffer) not in used and not hasattr(built, name):
+            built.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+
+
+def _attributes(source: nn.Module, built: nn.Module) -> None:
+    """Plain attributes that somebody set on the norm (a quantization config, a tag), not those of its class."""
+    constants = {name for cls in type(source).__mro__ for name in getattr(cls, "__constants__", ())}
+    for name, value in vars(source).items():
+        known = name in _INTERNAL or name in constants or name in _TENSOR_NAMES or name in ("followers", "lifted_norms")
+        if not known and not name.startswith("_") and not hasattr(built, name) and name != "forward":
+            setattr(built, name, value)

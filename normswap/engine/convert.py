@@ -1,0 +1,346 @@
+"""Convert: every norm of a model becomes another kind, or is skipped with a reason."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from normswap import registry
+from normswap.engine import guards
+from normswap.engine.carry import build, carry
+from normswap.engine.plan import Change, Plan, Skip, copy_model
+from normswap.engine.select import Selector, excluded, unmatched
+from normswap.engine.sites import Site, check_model, survey
+from normswap.errors import NormswapError, Refusal
+from normswap.graph.evidence import Evidence, input_evidence
+from normswap.graph.lift import lift
+from normswap.graph.observe import observe
+from normswap.graph.references import Reference, references
+from normswap.graph.trace import regions
+from normswap.spec import Norm, exactness
+
+logger = logging.getLogger("normswap")
+Init = Literal["copy", "preserve", "reset"]
+INITS: tuple[Init, ...] = ("copy", "preserve", "reset")
+
+
+class _Dataflow:
+    """Static evidence about norms' inputs; the model is traced only when it is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @cached_property
+    def _nodes(self) -> dict[int, list[Any]]:
+        nodes: dict[int, list[Any]] = {}
+        for region in regions(self.model)[0]:
+            for node in region.graph.nodes:
+                module = region.module_of(node)
+                if module is not None:
+                    nodes.setdefault(id(module), []).append((region, node))
+        return nodes
+
+    def of(self, site: Site, channels: int) -> Evidence:
+        if site.call is not None:
+            return Evidence()
+        seen = [input_evidence(region, node, channels) for region, node in self._nodes.get(id(site.module), [])]
+        if not seen:
+            return Evidence()
+        rank = seen[0].rank if all(e.rank == seen[0].rank for e in seen) else None
+        return Evidence(rank, any(e.single for e in seen))
+
+
+def plan_convert(
+    model: nn.Module,
+    to: str = "group",
+    *,
+    where: Selector = None,
+    skip: Selector = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    init: Init = "copy",
+    **options: Any,
+) -> Plan:
+    """Plan the conversion of every norm of ``model`` to the kind ``to``; nothing is changed.
+
+    ``where`` and ``skip`` take a glob over dotted names, a list of globs, or ``f(name, norm) -> bool``. ``example_inputs``, a tuple of the
+    model's positional arguments, allows one observed run. ``init``: ``"copy"`` carries affine and statistics where the target has
+    them, ``"preserve"`` also chooses new parameters so that eval mode computes the same function (norms whose target cannot are skipped), ``"reset"`` starts
+    afresh. ``options`` are the kind's own (``groups=``, ``channels_per_group=``, ``over=``, ``gate_gap=`` ...).
+
+    Raises :class:`NormswapError` for misuse: an unknown kind or option, a group count that does not divide, a ScriptModule,
+    inputs that the model does not run on, a glob that matches no norm.
+    """
+    check_model(model)
+    registry.builder(to)
+    registry.check_options(to, options)
+    if init not in INITS:
+        raise NormswapError(f"init={init!r}; it is one of: {', '.join(INITS)}")
+    observation = None if example_inputs is None else observe(model, example_inputs)
+    sites = survey(references(model), observation)
+    for name, selector in (("where", where), ("skip", skip)):
+        if sites and (globs := unmatched(selector, sites)):
+            raise NormswapError(
+                f"{name}: no norm is called {', '.join(map(repr, globs))}; the first is {sites[0].name!r}"
+            )
+    dataflow = _Dataflow(model)
+    plan = Plan(model, f"convert to {to}", [], [], guards.wrapper_notes(model), apply_changes)
+    for site in sites:
+        reason = site.reason or excluded(site, where, skip)
+        decision: Change | str = reason if reason is not None else _decide(site, to, options, init, dataflow)
+        if isinstance(decision, Change):
+            plan.changes.append(decision)
+        else:
+            plan.skips.append(Skip(site.name, decision, site.norm, site.label, site.aliases, site.evidence))
+    return plan
+
+
+def convert(
+    model: nn.Module,
+    to: str = "group",
+    *,
+    where: Selector = None,
+    skip: Selector = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    init: Init = "copy",
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Convert every norm of ``model`` to the kind ``to`` and return the model; see :func:`plan_convert` for the arguments.
+
+    Without ``inplace`` the input is not touched and a deep copy is returned. A norm that cannot be converted stays; the plan has the
+    reasons, the logger ``normswap`` has them at level INFO, and a warning is given when nothing changed at all.
+    """
+    if inplace:
+        target = model
+    else:
+        check_model(model)
+        target = copy_model(model)
+    plan = plan_convert(target, to, where=where, skip=skip, example_inputs=example_inputs, init=init, **options)
+    report(plan)
+    return plan.apply(inplace=True)
+
+
+def report(plan: Plan) -> None:
+    """Log the skips; warn when a plan changes nothing."""
+    for skip in plan.skips:
+        logger.info("%s: skipped %s (%s): %s", plan.operation, skip.name, skip.was, skip.reason)
+    if not plan.changes:
+        found = f"{len(plan.skips)} norms, none changed; first: {plan.skips[0].name}: {plan.skips[0].reason}"
+        message = found if plan.skips else "the model has no normalization"
+        warnings.warn(f"normswap, {plan.operation}: nothing changed ({message})", stacklevel=3)
+
+
+def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflow: _Dataflow) -> Change | str:
+    assert site.norm is not None
+    norm = site.norm
+    ranks = {len(shape) for shape in site.shapes or () if shape}
+    evidence = Evidence()
+    if ranks:
+        if norm.channel_axis == 1 and any(shape[1] != norm.channels for shape in site.shapes or () if len(shape) > 1):
+            return f"its input {site.shapes and site.shapes[0]} does not have its {norm.channels} channels on axis 1"
+        norm = replace(norm, ranks=frozenset(ranks))
+    elif norm.channel_axis == 1 and (norm.ranks is None or len(norm.ranks) > 1 or to == "instance"):
+        evidence = dataflow.of(site, norm.channels)
+        if evidence.rank is not None and (norm.ranks is None or evidence.rank in norm.ranks):
+            norm = replace(norm, ranks=frozenset({evidence.rank}))
+    settled = {name: value(norm.channels) if callable(value) else value for name, value in options.items()}
+    try:
+        built = build(norm, to, settled, init)
+        target = describe(built, norm, to)
+    except Refusal as refusal:
+        return refusal.reason
+    except NormswapError as error:
+        raise NormswapError(f"{site.name or 'the model'}: {error}") from error
+    outcome = "retrain" if init == "reset" else exactness(norm, target)
+    if norm.kind == target.kind and outcome == "exact":
+        return f"it already is {target}"
+    if init == "preserve" and outcome != "exact":
+        return f"{to} cannot compute the same as {norm} (init='preserve')"
+    if site.shapes is None and not evidence.single and "channel" not in target.pools and "batch" not in target.pools:
+        evidence = dataflow.of(site, norm.channels)
+    reason = guards.single_element(target, site.shapes, evidence) or guards.child_reads(site, built, outcome == "exact")
+    if reason is not None:
+        return reason
+    return Change(
+        name=site.name,
+        source=norm,
+        target=target,
+        exactness=outcome,
+        to=to,
+        aliases=site.aliases,
+        lost=lost(norm, target),
+        notes=_notes(site, norm, target, init),
+        evidence=site.evidence,
+        functional=site.functional,
+        options=settled,
+        init=init,
+        classes=(registry.dotted(type(site.module)), registry.dotted(type(built))),
+    )
+
+
+def describe(built: nn.Module, norm: Norm, kind: str) -> Norm:
+    """The ``Norm`` of a built replacement, followers included; an ``identity`` is one that pools over nothing."""
+    if not registry.registered(built):
+        return Norm(kind=kind, channels=norm.channels, pools=frozenset(), momentum=None, eps=None, then=norm.then)
+    return replace(registry.read(built), then=norm.then)
+
+
+def lost(norm: Norm, target: Norm) -> tuple[str, ...]:
+    """What the source computes with and the target has no place for."""
+    gone = []
+    if norm.weight is not None and target.weight is None:
+        gone.append("weight")
+    if norm.bias is not None and target.bias is None:
+        gone.append("bias")
+    if norm.has_statistics and not target.has_statistics:
+        gone.append("running statistics")
+    if norm.gates is not None and target.gates is None:
+        gone.append("gates")
+    if target.fixed and not norm.fixed:
+        gone.append("training of affine and statistics")
+    if norm.upcast and not target.upcast:
+        gone.append("float32 computation whatever the input's dtype")
+    return tuple(gone)
+
+
+def _notes(site: Site, norm: Norm, target: Norm, init: Init) -> tuple[str, ...]:
+    notes = []
+    if init == "reset":
+        notes.append("affine and statistics start afresh")
+    elif target.has_statistics and not norm.has_statistics:
+        notes.append("running statistics start at mean 0, variance 1: train, or estimate them from data")
+    if norm.fixed and not target.fixed:
+        notes.append("trainable again")
+    if not site.functional and guards.has_fast_path(site) and target.kind != "layer":
+        notes.append(guards.FAST_PATH_NOTE)
+    if site.shapes == ():
+        notes.append("did not run on example_inputs")
+    return tuple(notes)
+
+
+@dataclass
+class _Prepared:
+    """A replacement, and the references to put it in."""
+
+    change: Change
+    reference: Reference
+    built: nn.Module
+    hand_over: Callable[[], None]
+
+
+def apply_changes(model: nn.Module, changes: Sequence[Change]) -> tuple[nn.Module, Callable[[], None]]:
+    """Make the changes in place; returns the model (the replacement, if the root is a norm) and what undoes them.
+
+    Everything is built before anything is swapped; an error puts all back and is raised.
+    """
+    found = references(model)
+    by_name = {name: reference for reference in found.values() for name in reference.names}
+    prepared = [_prepare(change, by_name, model) for change in changes if not change.functional]
+    lifts = list(_lifts([change for change in changes if change.functional], found, model))
+    undo: list[Callable[[], None]] = []
+    root = model
+    try:
+        for item in prepared:
+            undo.append(_swap(item))
+            if item.reference.module is model:
+                root = item.built
+        for make in lifts:
+            undo.append(make())
+    except BaseException:
+        _run_reversed(undo)
+        raise
+    return root, lambda: _run_reversed(undo)
+
+
+def _run_reversed(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _prepare(change: Change, by_name: Mapping[str, Reference], model: nn.Module) -> _Prepared:
+    reference = by_name.get(change.name)
+    if reference is None:
+        raise NormswapError(f"the model has no module {change.name!r}, which the plan changes to {change.to}")
+    try:
+        norm = registry.read(reference.module)
+        norm = _fitting(norm, change)
+        built = build(norm, change.to, change.options, change.init)
+    except Refusal as refusal:
+        raise NormswapError(f"{change.name}: {refusal.reason}; the plan does not fit this model") from refusal
+    hand_over = carry(reference.module, built, norm, reference.parents[0] if reference.parents else model)
+    return _Prepared(change, reference, built, hand_over)
+
+
+def _fitting(norm: Norm, change: Change) -> Norm:
+    if (norm.kind, norm.channels) != (change.source.kind, change.source.channels):
+        raise NormswapError(
+            f"{change.name} is {norm}, but the plan was made for {change.source.kind} of {change.source.channels} channels"
+        )
+    return replace(norm, ranks=change.source.ranks)
+
+
+def _swap(item: _Prepared) -> Callable[[], None]:
+    old, slots = item.reference.module, item.reference.slots
+    done = []
+    restore_fast_path = None
+
+    def undo() -> None:
+        for slot in reversed(done):
+            slot.put(old)
+        if restore_fast_path is not None:
+            restore_fast_path()
+
+    try:
+        for slot in slots:
+            slot.put(item.built)
+            done.append(slot)
+        if item.change.target.kind != "layer" or item.change.exactness != "exact":
+            restore_fast_path, _ = guards.fast_paths(tuple(item.reference.parents))
+        item.hand_over()
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _lifts(
+    changes: Sequence[Change], found: Mapping[int, Reference], model: nn.Module
+) -> Iterable[Callable[[], Callable[[], None]]]:
+    if not changes:
+        return
+    sites = {site.name: site for site in survey(dict(found)) if site.call is not None}
+    owners: dict[int, tuple[Site, dict[str, nn.Module]]] = {}
+    for change in changes:
+        site = sites.get(change.name)
+        if site is None or site.norm is None or site.call is None:
+            raise NormswapError(
+                f"the model has no functional norm {change.name!r}, which the plan changes to {change.to}"
+            )
+        norm = _fitting(site.norm, change)
+        try:
+            built = build(norm, change.to, change.options, change.init)
+        except Refusal as refusal:
+            raise NormswapError(f"{change.name}: {refusal.reason}") from refusal
+        carry(_bare(site.module), built, norm, site.module)
+        owners.setdefault(id(site.module), (site, {}))[1][site.call.name] = built
+    for site, replacements in owners.values():
+        forward = site.forward
+        assert forward is not None
+
+        def make(forward: Any = forward, replacements: dict[str, nn.Module] = replacements) -> Callable[[], None]:
+            return lift(forward, replacements)
+
+        yield make
+
+
+def _bare(owner: nn.Module) -> nn.Module:
+    """A stand-in source for a functional norm: only its owner's train/eval flag is carried."""
+    bare = nn.Module()
+    bare.training = owner.training
+    return bare

@@ -1,0 +1,97 @@
+"""What forbids, or changes, the replacement of one norm by another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from normswap.engine.sites import Site
+from normswap.graph.evidence import Evidence
+from normswap.graph.reach import reach
+from normswap.spec import Norm
+
+
+def single_element(target: Norm, shapes: tuple[tuple[int, ...], ...] | None, evidence: Evidence) -> str | None:
+    """Why the new norm's moments would run over one element, which it would map to zero (or to its sign); or ``None``."""
+    if target.has_statistics or target.gates is not None or not target.pools or target.shape is not None:
+        return None
+    inside = target.channels_per_group if "channel" in target.pools else 1
+    if inside > 1 or "batch" in target.pools:
+        return None
+    for shape in shapes or ():
+        if prod(shape[2:]) == 1:
+            return f"on its input {shape} {target.kind} would normalize single elements, which wipes the data"
+    if not shapes and (evidence.single or evidence.rank == 2):
+        return f"its input has one position, so {target.kind} would normalize single elements, which wipes the data"
+    return None
+
+
+def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
+    """Why the code around a norm, which reads its attributes, cannot live with the replacement; or ``None``.
+
+    ``same``: the replacement computes the same function, so that attributes of the same name mean the same.
+    """
+    if site.call is not None:
+        return None
+    for parent in site.parents:
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            continue  # its fast path is switched off instead, see fast_paths
+        keys = {key for key, child in parent._modules.items() if child is site.module}
+        for child, attribute in sorted(reach(parent).child_reads):
+            if child not in keys:
+                continue
+            if not hasattr(built, attribute):
+                return f"{type(parent).__name__}.forward reads its {attribute!r}, which {type(built).__name__} does not have"
+            if (
+                not same
+                and attribute not in ("eps", "num_features", "normalized_shape")
+                and hasattr(site.module, attribute)
+            ):
+                return (
+                    f"{type(parent).__name__}.forward reads its {attribute!r} and may compute with it what the norm did"
+                )
+    return None
+
+
+def fast_paths(parents: tuple[nn.Module, ...]) -> tuple[Callable[[], None] | None, str | None]:
+    """Switch off the fused inference kernel of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever its children are.
+
+    Returns what switches it on again and a note, or two ``None`` where there is nothing to switch.
+    """
+    layers = [p for p in parents if isinstance(p, nn.TransformerEncoderLayer) and p.activation_relu_or_gelu]
+    if not layers:
+        return None, None
+    saved = [(layer, layer.activation_relu_or_gelu) for layer in layers]
+    for layer in layers:
+        layer.activation_relu_or_gelu = 0
+
+    def restore() -> None:
+        for layer, value in saved:
+            layer.activation_relu_or_gelu = value
+
+    return restore, FAST_PATH_NOTE
+
+
+FAST_PATH_NOTE = "switches off the fused path of nn.TransformerEncoderLayer, which would still compute LayerNorm"
+
+
+def has_fast_path(site: Site) -> bool:
+    return any(isinstance(p, nn.TransformerEncoderLayer) and p.activation_relu_or_gelu for p in site.parents)
+
+
+def wrapper_notes(model: nn.Module) -> tuple[str, ...]:
+    """Advice for models that are wrapped."""
+    notes = []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            notes.append(
+                "wrapped in DistributedDataParallel: its reducer holds the old parameters; convert first, then wrap again"
+            )
+        elif isinstance(module, DataParallel):
+            notes.append("wrapped in DataParallel: looked through; replicas are made from the converted module")
+        elif type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            notes.append("compiled by torch.compile: looked through; it compiles again at the next call")
+    return tuple(dict.fromkeys(notes))

@@ -1,0 +1,208 @@
+"""The plan: every norm as a ``Change`` or as a ``Skip`` with a reason; printed, written as JSON, applied, replayed.
+
+Applying is all or nothing: everything is built first, then swapped, and an error puts every swapped reference back.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from normswap.engine.optimizer import Remapped, remap
+from normswap.errors import NormswapError
+from normswap.spec import Exactness, Norm
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A norm that stays as it is, and why."""
+
+    name: str
+    reason: str
+    norm: Norm | None = None
+    was: str = ""
+    """The norm in words, or the class of a module that has no reader."""
+    aliases: tuple[str, ...] = ()
+    evidence: str = "static"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "aliases": list(self.aliases), "was": self.was, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One norm and what becomes of it."""
+
+    name: str
+    source: Norm
+    target: Norm
+    exactness: Exactness
+    to: str
+    """The kind it becomes."""
+    aliases: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    """What the old norm had and the new one has not."""
+    notes: tuple[str, ...] = ()
+    evidence: str = "static"
+    functional: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """The builder's options, functions of the channels already evaluated."""
+    init: str = "copy"
+    classes: tuple[str, str] = ("", "")
+    """Class of the module before and after."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "aliases": list(self.aliases),
+            "was": str(self.source),
+            "becomes": str(self.target),
+            "exactness": self.exactness,
+            "lost": list(self.lost),
+            "notes": list(self.notes),
+            "evidence": self.evidence,
+        }
+
+    def step(self) -> dict[str, Any]:
+        """The change as a step of a recipe: enough to make it again on a fresh model."""
+        return {
+            "name": self.name,
+            "source": {"kind": self.source.kind, "channels": self.source.channels},
+            "to": self.to,
+            "options": {name: value for name, value in self.options.items() if _plain(value)},
+            "init": self.init,
+            "ranks": None if self.source.ranks is None else sorted(self.source.ranks),
+        }
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+@dataclass
+class Applied:
+    """The outcome of applying changes: the model, what undoes it, and where each parameter went."""
+
+    model: nn.Module
+    undo: Callable[[], None]
+    twins: dict[int, nn.Parameter]
+    """``id`` of a parameter of the input model -> the same one in the resulting model's tree before the swap."""
+
+
+Apply = Callable[[nn.Module, Sequence[Change]], tuple[nn.Module, Callable[[], None]]]
+
+
+@dataclass
+class Plan:
+    """Every norm of a model: what changes, what is skipped and why. Nothing is done until :meth:`apply`."""
+
+    model: nn.Module = field(repr=False)
+    operation: str
+    changes: list[Change]
+    skips: list[Skip]
+    notes: tuple[str, ...] = ()
+    apply_changes: Apply | None = field(default=None, repr=False)
+    applied: Applied | None = field(default=None, repr=False)
+
+    def apply(self, inplace: bool = False) -> nn.Module:
+        """Make the changes and return the model: a deep copy, or the model itself with ``inplace=True``.
+
+        All or nothing: on an error the model is as it was. When the model's root is itself a norm, its replacement is returned. Raises
+        :class:`NormswapError` when the model cannot be copied or no longer fits the plan.
+        """
+        if self.apply_changes is None:
+            raise NormswapError("this plan was read from JSON and has no model: use apply_recipe(model, recipe)")
+        if self.applied is not None and self.applied.model is self.model:
+            raise NormswapError("this plan was already applied in place")
+        target = self.model if inplace else copy_model(self.model)
+        twins = _twins(self.model, target)
+        model, undo = self.apply_changes(target, self.changes)
+        self.applied = Applied(model, undo, twins)
+        return model
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The changes as JSON-able data, for :func:`normswap.apply_recipe` on a fresh model."""
+        from normswap import __version__
+
+        return {
+            "format": RECIPE_VERSION,
+            "normswap": __version__,
+            "torch": str(torch.__version__),
+            "operation": self.operation,
+            "steps": [change.step() for change in self.changes],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "operation": self.operation,
+            "changes": [change.to_dict() for change in self.changes],
+            "skips": [skip.to_dict() for skip in self.skips],
+            "notes": list(self.notes),
+            "recipe": self.recipe,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def remap_optimizer(self, optimizer: torch.optim.Optimizer) -> Remapped:
+        """Point an optimizer of the input model at the result: groups and state move with the parameters, in place.
+
+        Parameters that survive keep their state; those that are gone leave their group; new ones join the group of the
+        norm they replace, without state. Raises :class:`NormswapError` before :meth:`apply`.
+        """
+        if self.applied is None:
+            raise NormswapError("apply the plan first: there is no result yet to move the optimizer to")
+        return remap(optimizer, self.applied.model, self.applied.twins, self.changes)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.changes)} changes, {len(self.skips)} skipped"
+        rows = [("name", "was", "becomes", "exactness", "notes")] if self.changes else []
+        for c in self.changes:
+            remarks = [
+                *(f"loses {item}" for item in c.lost),
+                *c.notes,
+                *([c.evidence] if c.evidence != "static" else []),
+            ]
+            rows.append((_names(c.name, c.aliases), str(c.source), str(c.target), c.exactness, "; ".join(remarks)))
+        lines = [f"plan to {self.operation}: {counts}", *_table(rows)]
+        if self.skips:
+            skipped = [(_names(s.name, s.aliases), s.was, s.reason) for s in self.skips]
+            lines += ["", *_table([("skipped", "is", "reason"), *skipped])]
+        lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(lines)
+
+
+def _names(name: str, aliases: Iterable[str]) -> str:
+    return " = ".join([name or "(root)", *aliases])
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; :class:`NormswapError` with advice where the model cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise NormswapError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); use inplace=True to change the model itself"
+        ) from error
+
+
+def _twins(before: nn.Module, after: nn.Module) -> dict[int, nn.Parameter]:
+    ours, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (before, after))
+    return {id(parameter): theirs[name] for name, parameter in ours.items() if name in theirs}

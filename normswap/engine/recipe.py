@@ -1,0 +1,77 @@
+"""Replaying a plan's recipe on a fresh model of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from normswap import registry
+from normswap.engine.carry import build
+from normswap.engine.convert import apply_changes, describe
+from normswap.engine.plan import RECIPE_VERSION, Change, copy_model
+from normswap.engine.sites import Site, check_model, survey
+from normswap.errors import NormswapError, Refusal
+from normswap.graph.references import references
+from normswap.spec import exactness
+
+
+def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool = False) -> nn.Module:
+    """Make the changes of ``plan.recipe`` on a model and return it (a deep copy unless ``inplace``).
+
+    Every step must find its norm, of the kind and channels it was written for; if one does not, nothing is changed. Raises
+    :class:`NormswapError` then, and for a recipe that is malformed or of a newer format.
+    """
+    check_model(model)
+    steps = _steps(recipe)
+    target = model if inplace else copy_model(model)
+    sites = {name: site for site in survey(references(target)) for name in (site.name, *site.aliases)}
+    changes = [_change(step, sites) for step in steps]
+    return apply_changes(target, changes)[0]
+
+
+def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if not isinstance(recipe, Mapping) or "steps" not in recipe or "format" not in recipe:
+        raise NormswapError("this is no recipe: it has no 'format' and 'steps' (take plan.recipe)")
+    if recipe["format"] != RECIPE_VERSION:
+        raise NormswapError(
+            f"recipe format {recipe['format']!r} is not {RECIPE_VERSION}: it was written by another version"
+        )
+    for index, step in enumerate(recipe["steps"]):
+        if not isinstance(step, Mapping) or not {"name", "source", "to", "options", "init"} <= step.keys():
+            raise NormswapError(f"step {index} of the recipe is malformed: it needs name, source, to, options and init")
+    return list(recipe["steps"])
+
+
+def _change(step: Mapping[str, Any], sites: Mapping[str, Site]) -> Change:
+    name = step["name"]
+    site = sites.get(name)
+    if site is None or site.norm is None:
+        raise NormswapError(
+            f"the recipe changes {name!r}, but the model has no norm there; is it the same architecture?"
+        )
+    if (site.norm.kind, site.norm.channels) != (step["source"]["kind"], step["source"]["channels"]):
+        raise NormswapError(
+            f"{name} is {site.norm}, but the recipe was made for {step['source']['kind']} of {step['source']['channels']} channels"
+        )
+    registry.check_options(step["to"], step["options"])
+    ranks = step.get("ranks")
+    norm = site.norm if ranks is None else replace(site.norm, ranks=frozenset(ranks))
+    try:
+        built = build(norm, step["to"], step["options"], step["init"])
+    except Refusal as refusal:
+        raise NormswapError(f"{name}: {refusal.reason}") from refusal
+    target = describe(built, norm, step["to"])
+    return Change(
+        name=site.name,
+        source=norm,
+        target=target,
+        exactness="retrain" if step["init"] == "reset" else exactness(norm, target),
+        to=step["to"],
+        aliases=site.aliases,
+        functional=site.functional,
+        options=dict(step["options"]),
+        init=step["init"],
+    )

@@ -1,0 +1,39 @@
+"""``where`` and ``skip``: a glob, a list of globs, or a function of name and norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from normswap.engine.sites import Site
+from normswap.errors import NormswapError
+from normswap.spec import Norm
+
+Selector = str | Sequence[str] | Callable[[str, Norm], bool] | None
+
+
+def matches(selector: Selector, site: Site) -> bool:
+    """Whether a site is meant. Raises :class:`NormswapError` for a selector of another type."""
+    if callable(selector):
+        return site.norm is not None and bool(selector(site.name, site.norm))
+    globs = [selector] if isinstance(selector, str) else selector
+    if not isinstance(globs, (list, tuple, set, frozenset)) or not all(isinstance(glob, str) for glob in globs):
+        raise NormswapError(f"where and skip take a glob, a list of globs or f(name, norm); got {selector!r}")
+    return any(fnmatchcase(name, glob) for glob in globs for name in (site.name, *site.aliases))
+
+
+def unmatched(selector: Selector, sites: Sequence[Site]) -> list[str]:
+    """The globs that match no norm: most likely a slip."""
+    if selector is None or callable(selector):
+        return []
+    globs = [selector] if isinstance(selector, str) else list(selector)
+    return [glob for glob in globs if not any(matches(glob, site) for site in sites)]
+
+
+def excluded(site: Site, where: Selector, skip: Selector) -> str | None:
+    """Why the selectors leave a site out, or ``None``."""
+    if where is not None and not matches(where, site):
+        return "not selected by where"
+    if skip is not None and matches(skip, site):
+        return "excluded by skip"
+    return None

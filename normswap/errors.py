@@ -1,0 +1,15 @@
+"""The exceptions of the package."""
+
+from __future__ import annotations
+
+
+class NormswapError(ValueError):
+    """Misuse: what went wrong, where (dotted name, file or key), and how to mend it."""
+
+
+class Refusal(Exception):
+    """Raised by a reader or a builder that cannot serve one norm; the engine turns it into a ``Skip`` with this reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

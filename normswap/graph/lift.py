@@ -1,0 +1,339 @@
+"""Functional norms become modules, in the one module whose own ``forward`` calls them.
+
+That ``forward`` is traced with every child as a leaf, once in train and once in eval mode; the norm calls are read from the graphs. Lifting puts a
+module where each call was and gives the object a ``forward`` generated from the two graphs. The object itself stays: its
+children, other parameters, hooks and aliases are untouched, and its class becomes a subclass of the user's (of ``nn.Module``
+where the user's class is itself a norm, which it no longer computes). A ``GraphModule`` has its graph edited.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _format_import_block, _forward_from_src
+from torch.package import sys_importer
+
+from normswap import registry
+from normswap.errors import Refusal
+from normswap.graph.functional import arguments, is_norm_function, is_other
+from normswap.graph.trace import brief, trace
+from normswap.spec import BATCH, MAP, POSITION, SPACE, Norm
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass
+class Call:
+    """One functional norm in a ``forward``: the name its module would get, and its ``Norm`` or the reason there is none."""
+
+    name: str
+    norm: Norm | None
+    reason: str | None
+    paths: dict[str, str]
+    """Where its tensors are: field of ``Norm`` -> attribute path in the module."""
+    nodes: dict[bool, fx.Node]
+    """Its node in the train-mode (``True``) and the eval-mode (``False``) graph."""
+
+
+@dataclass
+class Forward:
+    """A module's own ``forward``, traced, with the functional norms in it."""
+
+    module: nn.Module
+    graphs: dict[bool, fx.Graph]
+    calls: list[Call] = field(default_factory=list)
+
+
+def functional_norms(module: nn.Module) -> Forward:
+    """The functional norms in a module's own ``forward``. Raises :class:`Refusal` when it cannot be traced."""
+    graphs = {}
+    was_training = module.training
+    try:
+        for training in (True, False):
+            if isinstance(module, fx.GraphModule):
+                graphs[training] = module.graph
+                continue
+            module.training = training
+            try:
+                graphs[training] = trace(module, leaf=lambda _child: True)[0]
+            except Exception as error:
+                mode = "train" if training else "eval"
+                raise Refusal(
+                    f"its forward calls a norm function and cannot be traced in {mode} mode ({brief(error)})"
+                ) from error
+    finally:
+        if module.training != was_training:
+            module.training = was_training
+    nodes = {mode: [n for n in graph.nodes if _is_norm(n)] for mode, graph in graphs.items()}
+    if [n.target for n in nodes[True]] != [n.target for n in nodes[False]]:
+        raise Refusal("its forward runs other norms in train mode than in eval mode")
+    forward = Forward(module, graphs)
+    taken: set[str] = set()
+    for train, evaluation in zip(nodes[True], nodes[False], strict=True):
+        forward.calls.append(_call(module, {True: train, False: evaluation}, taken))
+    return forward
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and is_norm_function(node.target)
+
+
+def _call(module: nn.Module, nodes: dict[bool, fx.Node], taken: set[str]) -> Call:
+    paths: dict[str, str] = {}
+    norm, reason = None, None
+    try:
+        norm = _read(module, nodes, paths)
+    except Refusal as refusal:
+        reason = refusal.reason
+    name = _name(module, nodes[False], paths, taken)
+    taken.add(name)
+    return Call(name, norm, reason, paths, nodes)
+
+
+def _name(module: nn.Module, node: fx.Node, paths: dict[str, str], taken: set[str]) -> str:
+    """The submodule that only holds this norm's tensors, as an exported program has it; else the function's name."""
+    parents = {path.rpartition(".")[0] for path in paths.values()}
+    if (
+        len(parents) == 1
+        and (parent := next(iter(parents)))
+        and parent not in taken
+        and _only_holds(module, parent, paths)
+    ):
+        return parent
+    target = node.target
+    base = target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "norm")
+    base = base.rpartition("::")[2]
+    name, count = base, 0
+    while name in taken or hasattr(module, name):
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+def _only_holds(module: nn.Module, parent: str, paths: dict[str, str]) -> bool:
+    holder = module.get_submodule(parent)
+    owned = {f"{parent}.{name}" for name in (*holder._parameters, *holder._buffers)}
+    return not holder._modules and owned - set(paths.values()) <= {f"{parent}.num_batches_tracked"}
+
+
+def _read(module: nn.Module, nodes: dict[bool, fx.Node], paths: dict[str, str]) -> Norm:
+    node = nodes[False]
+    if is_other(node.target):
+        raise Refusal(f"{node.target} returns its statistics too, which the code around it uses")
+    signature, given = arguments(node.target, node.args, node.kwargs)
+    _, train = arguments(node.target, nodes[True].args, nodes[True].kwargs)
+    tensors: dict[str, Tensor | None] = {}
+    for name in _TENSORS:
+        value = given.get(name)
+        tensors[name] = None if value is None else _tensor(module, value, name, paths)
+        in_train = train.get(name)
+        if name in ("weight", "bias") and str(in_train) != str(value):
+            raise Refusal(f"its {name} differs between train and eval mode")
+    for name in ("eps", "momentum", "shape", "groups", "training"):
+        if isinstance(given.get(name), fx.Node):
+            raise Refusal(f"its {name} is computed in the forward")
+    if isinstance(train.get("momentum"), fx.Node):
+        raise Refusal("its momentum is computed in the forward")
+    return _norm(signature.family, given, train, tensors)
+
+
+def _norm(family: str, given: dict[str, Any], train: dict[str, Any], tensors: dict[str, Tensor | None]) -> Norm:
+    common: dict[str, Any] = {"eps": given["eps"], "weight": tensors["weight"], "bias": tensors["bias"]}
+    if family in ("layer", "rms"):
+        shape = tuple(given["shape"])
+        common |= {"pools": POSITION, "channel_axis": -1, "channels": shape[-1], "momentum": None}
+        common |= {"shape": shape if len(shape) > 1 else None}
+        if family == "rms":
+            common |= {"centred": False, "spread": "square"}
+        return Norm(kind=family, **common)
+    present = next((t for t in tensors.values() if t is not None), None)
+    if present is None:
+        raise Refusal("it has neither affine nor statistics, so its channels are not known")
+    common["channels"] = present.shape[0]
+    if family == "group":
+        return Norm(kind="group", pools=MAP, groups=given["groups"], momentum=None, **common)
+    statistics = {name: tensors[name] for name in ("running_mean", "running_var")}
+    if given["training"]:  # the input's own moments in eval mode too
+        statistics = dict.fromkeys(statistics)
+    elif not train["training"]:
+        common["fixed"] = True
+    if not given["training"] and None in statistics.values():
+        raise Refusal("it has no running statistics and does not use the batch's")
+    pools = BATCH if family == "batch" else SPACE
+    kind = "frozen" if common.get("fixed") else family
+    momentum = train["momentum"] if isinstance(train["momentum"], (int, float)) else 0.1
+    return Norm(kind=kind, pools=pools, momentum=momentum, **statistics, **common)
+
+
+def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> Tensor:
+    if not isinstance(value, fx.Node) or value.op != "get_attr" or not isinstance(value.target, str):
+        raise Refusal(f"its {name} is computed in the forward, not a parameter or buffer")
+    holder, _, attribute = value.target.rpartition(".")
+    owner = module.get_submodule(holder)
+    tensor = getattr(owner, attribute)
+    if not isinstance(tensor, Tensor):
+        raise Refusal(f"its {name} is not a tensor of the module")
+    if hasattr(owner, "parametrizations") and attribute in owner.parametrizations:
+        raise Refusal(f"its {name} is parametrized")
+    paths[name] = value.target
+    return tensor
+
+
+def lift(forward: Forward, replacements: dict[str, nn.Module]) -> Callable[[], None]:
+    """Put modules where functional norms were, by the calls' names. Changes the module; returns what undoes it."""
+    module = forward.module
+    before = _Before(module)
+    try:
+        _lift(forward, replacements)
+    except BaseException:
+        before.restore()
+        raise
+    return before.restore
+
+
+class _Before:
+    """A module's class, tables and graph, and those of its submodules that hold a norm's tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.graph = module.graph if isinstance(module, fx.GraphModule) else None
+        tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        self.saved = [
+            (m, m.__class__, {t: copy.copy(vars(m)[t]) for t in tables}, "lifted_norms" in vars(m))
+            for m in module.modules()
+        ]
+
+    def restore(self) -> None:
+        for module, cls, tables, lifted in self.saved:
+            module.__class__ = cls
+            for name, table in tables.items():
+                current = vars(module)[name]
+                current.clear()
+                current.update(table)
+            if not lifted:
+                vars(module).pop("lifted_norms", None)
+        if self.graph is not None:
+            self.saved[0][0].graph = self.graph
+
+
+def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
+    module = forward.module
+    calls = [call for call in forward.calls if call.name in replacements]
+    if isinstance(module, fx.GraphModule):
+        graphs = {False: copy.deepcopy(module.graph)}
+    else:
+        graphs = {mode: copy.deepcopy(graph) for mode, graph in forward.graphs.items()}
+    for mode, graph in graphs.items():
+        nodes = {node.name: node for node in graph.nodes}
+        for call in calls:
+            _replace(graph, nodes[call.nodes[mode].name], call.name)
+        if not isinstance(module, fx.GraphModule):
+            _drop_counters(graph)
+        for node in reversed(graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
+    used = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
+    for path in {path for call in calls for path in call.paths.values()} - used:
+        _forget(module, path)
+    for call in calls:
+        parent, _, attribute = call.name.rpartition(".")
+        module.get_submodule(parent).add_module(attribute, replacements[call.name])
+    if isinstance(module, fx.GraphModule):
+        module.graph = graphs[False]
+        return
+    if not any("num_batches_tracked" in path for path in used):
+        _forget(module, "num_batches_tracked")
+    base = nn.Module if registry.registered(module) else type(module)
+    sources = tuple(_source(graphs[mode]) for mode in (True, False))
+    module.__class__ = _lifted_class(base, sources)
+    module.lifted_norms = tuple(call.name for call in calls)  # type: ignore[assignment]
+
+
+def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    _, given = arguments(node.target, node.args, node.kwargs)
+    with graph.inserting_before(node):
+        new = graph.call_module(name, (given["input"],))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _drop_counters(graph: fx.Graph) -> None:
+    """A norm's batch counter: ``self.num_batches_tracked.add_(1)``, which the new module counts itself."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_method" and node.target == "add_" and not node.users:
+            source = node.args[0]
+            if isinstance(source, fx.Node) and str(source.target).rpartition(".")[2] == "num_batches_tracked":
+                graph.erase_node(node)
+
+
+def _forget(module: nn.Module, path: str) -> None:
+    holder, _, attribute = path.rpartition(".")
+    owner = module.get_submodule(holder)
+    if attribute in owner._parameters:
+        del owner._parameters[attribute]
+    elif attribute in owner._buffers:
+        del owner._buffers[attribute]
+        owner._non_persistent_buffers_set.discard(attribute)
+
+
+Source = tuple[str, str]
+"""Generated code of a forward, and the imports that it needs."""
+
+
+def _source(graph: fx.Graph) -> Source:
+    code = graph.python_code("self")
+    return code.src, _format_import_block(code.globals, sys_importer)
+
+
+def _function(source: Source) -> Callable[..., Any]:
+    code, imports = source
+    names: dict[str, Any] = {}
+    exec(imports, names)
+    return _forward_from_src(code, names)
+
+
+class Lifted:
+    """Mix-in of a class whose functional norms were lifted into submodules; copied and pickled by its base and code."""
+
+    lifted_base: type[nn.Module]
+    lifted_sources: tuple[Source, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (self.lifted_base, self.lifted_sources), self.__dict__
+
+
+def _lifted_class(base: type[nn.Module], sources: tuple[Source, ...]) -> type[nn.Module]:
+    if issubclass(base, Lifted):
+        base = base.lifted_base
+    train, evaluation = (_function(source) for source in sources)
+    members: dict[str, Any] = {
+        "lifted_base": base,
+        "lifted_sources": sources,
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+    }
+    if sources[0] == sources[1]:
+        members["forward"] = evaluation
+    else:
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (train if self.training else evaluation)(self, *args, **kwargs)
+
+        members["forward"] = forward
+    name = "Lifted" if base is nn.Module else base.__name__
+    return type(name, (Lifted, base), members)
+
+
+def _empty(base: type[nn.Module], sources: tuple[Source, ...]) -> nn.Module:
+    cls = _lifted_class(base, sources)
+    return cls.__new__(cls)
+
+
+def names(calls: Iterable[Call], prefix: str) -> list[str]:
+    """The dotted names of calls in a model where their module is ``prefix``."""
+    return [f"{prefix}.{call.name}" if prefix else call.name for call in calls]

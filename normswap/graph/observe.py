@@ -1,0 +1,125 @@
+"""An observed run: one real call that counts how often each module runs and on what shapes.
+
+The run is in eval mode, without gradients, on the model itself; buffers, train/eval flags and the random state are put back. It speaks for the path
+that these inputs take, so what rests on it is marked ``observed``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from normswap.errors import NormswapError
+from normswap.graph.functional import SIGNATURES, arguments, is_norm_function
+
+
+@dataclass
+class Calls:
+    """The shapes of the first tensor input at each call, in order."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.shapes)
+
+
+@dataclass
+class Observation:
+    """What one run showed: calls by module ``id``, and functional norm calls by the ``id`` of the module they stand in."""
+
+    modules: dict[int, Calls] = field(default_factory=dict)
+    functions: dict[int, list[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
+    objects: dict[int, nn.Module] = field(default_factory=dict)
+    """The modules that ran, by ``id``."""
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode; flags, buffers and random state are restored, also on an error."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, observation: Observation, stack: list[nn.Module]) -> None:
+        super().__init__()
+        self.observation = observation
+        self.stack = stack
+        self.inside = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside or not is_norm_function(func):
+            return func(*args, **kwargs)
+        if func in SIGNATURES:
+            given = arguments(func, args, kwargs)[1]["input"]
+        else:
+            given = args[0]
+        name = getattr(func, "__name__", str(func))
+        self.observation.functions.setdefault(id(self.stack[-1]), []).append((name, tuple(given.shape)))
+        self.inside = True  # F.batch_norm calls torch.batch_norm
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.inside = False
+
+
+def observe(model: nn.Module, example_inputs: tuple[Any, ...]) -> Observation:
+    """Run ``model(*example_inputs)`` once and record its calls.
+
+    Raises :class:`NormswapError` when ``example_inputs`` is no tuple or the run fails.
+    """
+    if not isinstance(example_inputs, tuple):
+        raise NormswapError(
+            f"example_inputs must be a tuple, not {type(example_inputs).__name__}: write (x,) for one input"
+        )
+    observation = Observation(objects={id(model): model})
+    stack: list[nn.Module] = [model]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        stack.append(module)
+        observation.objects[id(module)] = module
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        shape = () if first is None else tuple(first.shape)
+        observation.modules.setdefault(id(module), Calls()).shapes.append(shape)
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        stack.pop()
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        with eval_mode(model), _Functions(observation, stack):
+            model(*example_inputs)
+    except NormswapError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(a.shape)) for a in example_inputs if isinstance(a, Tensor))
+        raise NormswapError(
+            f"the model does not run on example_inputs ({shapes}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observation

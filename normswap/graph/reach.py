@@ -1,0 +1,165 @@
+"""What the code of a module's ``forward`` can reach, read from its bytecode without running it.
+
+Two questions are answered, per class and once: may this ``forward`` call a norm *function* (then it is worth tracing), and
+which attributes of its children does it read (``self.norm1.weight``: then the child is more than a callable, and a
+replacement must have that attribute too). Calls are followed through methods, helper functions, closures and containers
+of functions. The answer errs on the side of yes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normswap.graph.functional import NAMES, is_norm_function
+
+_CALL_ONLY = frozenset({"forward", "__call__", "training", "train", "eval", "to", "parameters", "named_parameters"})
+
+
+@dataclass
+class Reach:
+    """The norm functions that code may call, and the ``(child, attribute)`` pairs it reads from ``self``."""
+
+    functions: set[str] = field(default_factory=set)
+    child_reads: set[tuple[str, str]] = field(default_factory=set)
+
+    def update(self, other: Reach) -> None:
+        self.functions |= other.functions
+        self.child_reads |= other.child_reads
+
+
+def reach(module: nn.Module) -> Reach:
+    """What the ``forward`` of this module can reach, children's own ``forward`` not included."""
+    if isinstance(module, fx.GraphModule):
+        return Reach({"graph"} if any(is_norm_function(node.target) for node in module.graph.nodes) else set())
+    found = Reach()
+    found.update(_of_class(type(module)))
+    for value in vars(module).values():
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)):
+            found.update(_of_value(value, type(module), set(), 4))
+    return found
+
+
+@cache
+def _of_class(cls: type) -> Reach:
+    seen: set[Any] = set()
+    found = Reach()
+    for function in _methods(cls, "forward"):
+        found.update(_of_value(function, cls, seen, 12))
+    return found
+
+
+def _methods(cls: type, name: str) -> Iterator[Any]:
+    """The definitions of a method along the MRO, so that ``super()`` is covered; not ``nn.Module``'s own."""
+    for base in cls.__mro__:
+        if base not in (nn.Module, object) and name in vars(base):
+            value = vars(base)[name]
+            yield value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+
+
+def _of_value(value: Any, cls: type, seen: set[Any], depth: int) -> Reach:
+    found = Reach()
+    if is_norm_function(value):
+        found.functions.add(getattr(value, "__name__", str(value)))
+        return found
+    if isinstance(value, partial):
+        return _of_value(value.func, cls, seen, depth)
+    if isinstance(value, property):
+        return _of_value(value.fget, cls, seen, depth)
+    if isinstance(value, types.MethodType):
+        return _of_value(value.__func__, cls, seen, depth)
+    if isinstance(value, torch.jit.ScriptFunction):
+        found.functions |= {name for name in NAMES if f"aten::{name}(" in str(value.graph)}
+        return found
+    if isinstance(value, (list, tuple, dict)) and depth > 0 and len(value) < 64:
+        for item in value.values() if isinstance(value, dict) else value:
+            if callable(item) and not isinstance(item, type):
+                found.update(_of_value(item, cls, seen, 1))
+        return found
+    if not isinstance(value, types.FunctionType) or depth <= 0 or value.__code__ in seen:
+        return found
+    if (value.__module__ or "").partition(".")[0] == "torch" and not _is_forward(value):
+        return found
+    seen.add(value.__code__)
+    cells = {}
+    for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        try:
+            cells[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    for item in (*cells.values(), getattr(value, "__wrapped__", None)):
+        if item is not None and not isinstance(item, type):
+            found.update(_of_value(item, cls, seen, depth - 1))
+    found.update(_of_code(value.__code__, value.__globals__, cells, cls, seen, depth))
+    return found
+
+
+def _is_forward(function: types.FunctionType) -> bool:
+    return "Module" not in function.__qualname__ and "." in function.__qualname__
+
+
+def _of_code(
+    code: types.CodeType, names: dict[str, Any], cells: dict[str, Any], cls: type, seen: set[Any], depth: int
+) -> Reach:
+    found = Reach()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found.update(_of_code(constant, names, cells, cls, seen, depth))
+    imports = any(instruction.opname == "IMPORT_NAME" for instruction in dis.get_instructions(code))
+    this = code.co_varnames[0] if code.co_argcount else None
+    current: Any = None  # the object on top of the stack, as far as it is known
+    child: str | None = None  # the attribute of self that is on top of the stack
+    super_pending = False
+    read: tuple[str, str] | None = None  # the child's attribute that was just read
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        value = instruction.argval
+        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            current, child = names.get(value, getattr(builtins, value, None)), None
+            super_pending = super_pending or current is super
+            found.update(_of_value(current, cls, seen, depth - 1))
+        elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
+            current, child = cells.get(value), None
+        elif name.startswith("LOAD_FAST"):
+            last = value[-1] if isinstance(value, tuple) else value
+            current, child = (_SELF if last == this else None), None
+        elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if name == "LOAD_SUPER_ATTR" or current is _SUPER or current is _SELF:
+                for method in _methods(cls, value):
+                    found.update(_of_value(method, cls, seen, depth - 1))
+                child, current = (value if current is _SELF else None), None
+            elif child is not None:
+                if value not in _CALL_ONLY:
+                    found.child_reads.add((child, value))
+                read = (child, value)
+                child, current = None, None
+                continue
+            elif read is not None and value in ("dtype", "device", "shape"):
+                found.child_reads.discard(read)
+            else:
+                known = isinstance(current, (types.ModuleType, torch._ops._OpNamespace, torch._ops._Ops))
+                if value in NAMES and (known or imports):
+                    found.functions.add(value)
+                current = getattr(current, value, None) if known else None
+                found.update(_of_value(current, cls, seen, depth - 1))
+        elif name == "IMPORT_FROM" and value in NAMES:
+            found.functions.add(value)
+        elif name in ("CALL", "CALL_FUNCTION"):
+            current, child = (_SUPER if super_pending else None), None
+            super_pending = False
+        elif name not in ("PUSH_NULL", "PRECALL", "CACHE", "RESUME", "EXTENDED_ARG"):
+            current, child = None, None
+        read = None
+    return found
+
+
+_SELF = object()
+_SUPER = object()

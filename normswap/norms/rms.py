@@ -1,0 +1,85 @@
+"""Root-mean-square normalization (arXiv 1910.07467): ``nn.RMSNorm``, and its forms for channels-first maps.
+
+``y = x / sqrt(mean(x²) + eps) · w``: not centred, no bias. A source's bias is lost, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.norms.adopt import adopt_affine
+from normswap.norms.layer import Over, pooling
+from normswap.registry import builds, reads
+from normswap.spec import MAP, POSITION, Norm
+
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """RMS normalization of ``(N, C, *S)`` over C at every position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.eps).movedim(-1, 1)
+
+
+class ChannelsFirstRMSNorm(nn.RMSNorm):
+    """RMS normalization of ``(N, C, *S)`` over ``(C, *S)`` with a per-channel weight, for any spatial size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        out = x * torch.rsqrt(x.square().mean(tuple(range(1, x.dim())), keepdim=True) + eps)
+        return out if self.weight is None else out * self.weight.reshape(-1, *[1] * (x.dim() - 2))
+
+
+@reads(nn.RMSNorm)
+def read(module: nn.RMSNorm) -> Norm:
+    shape = tuple(module.normalized_shape)
+    return Norm(
+        kind="rms",
+        channels=shape[-1],
+        pools=POSITION,
+        channel_axis=-1,
+        shape=shape if len(shape) > 1 else None,
+        centred=False,
+        spread="square",
+        eps=module.eps,
+        momentum=None,
+        weight=module.weight,
+    )
+
+
+def _channels_first(module: nn.RMSNorm, pools: frozenset[str]) -> Norm:
+    return Norm(
+        kind="rms",
+        channels=module.normalized_shape[0],
+        pools=pools,
+        centred=False,
+        spread="square",
+        eps=module.eps,
+        momentum=None,
+        weight=module.weight,
+    )
+
+
+@reads(ChannelRMSNorm)
+def read_position(module: nn.RMSNorm) -> Norm:
+    """An ``RMSNorm`` class that works over the channels of a channels-first map."""
+    return _channels_first(module, POSITION)
+
+
+@reads(ChannelsFirstRMSNorm)
+def read_map(module: nn.RMSNorm) -> Norm:
+    return _channels_first(module, MAP)
+
+
+@builds("rms")
+def build(norm: Norm, *, over: Over | None = None) -> nn.Module:
+    cls: type[nn.RMSNorm]
+    where = pooling(norm, over)
+    if norm.channel_axis == -1:
+        cls = nn.RMSNorm
+    else:
+        cls = ChannelRMSNorm if where == "channels" else ChannelsFirstRMSNorm
+    module = cls(list(norm.shape or (norm.channels,)), norm.eps, elementwise_affine=False)
+    module.elementwise_affine = norm.weight is not None
+    return adopt_affine(module, norm, "weight")

@@ -1,0 +1,1 @@
+"""Real model classes for tests and sweeps."""
