@@ -1,7 +1,7 @@
 """Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
 
 from normswap import norms
-from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, plan_convert
+from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, fold, plan_convert, plan_fold
 from normswap.errors import NormswapError, Refusal
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
@@ -21,9 +21,11 @@ __all__ = [
     "convert",
     "exactness",
     "find",
+    "fold",
     "kinds",
     "norms",
     "plan_convert",
+    "plan_fold",
     "read",
     "reads",
     "reference",

@@ -6,7 +6,6 @@ A model is ``package.module:callable`` or ``path/file.py:callable``; the callabl
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -75,7 +74,7 @@ def parse_inputs(texts: Iterable[str], model: nn.Module) -> tuple[Tensor, ...] |
 
 
 def build_model(name: str, arguments: Mapping[str, object]) -> nn.Module:
-    """Import the model called ``name`` and call it with ``arguments``; what its code prints goes to standard error.
+    """Import the model called ``name`` and call it with ``arguments``.
 
     Raises :class:`NormswapError` when the module cannot be imported, the callable is not there (the message lists what
     is), the call fails, or what it returns is no ``nn.Module``.
@@ -83,19 +82,18 @@ def build_model(name: str, arguments: Mapping[str, object]) -> nn.Module:
     source, colon, path = name.rpartition(":")
     if not colon or not source or not path:
         raise NormswapError(f"--model {name!r}: write package.module:callable or path/file.py:callable")
-    with contextlib.redirect_stdout(sys.stderr):
-        target = _attribute(_import(source), source, path)
-        if isinstance(target, nn.Module):
-            if arguments:
-                raise NormswapError(f"--model {name!r} is a module, not a callable: --model-arg has no use")
-            return target
-        if not callable(target):
-            raise NormswapError(f"--model {name!r} is a {type(target).__name__}, not a callable that returns a model")
-        try:
-            model = target(**arguments)
-        except Exception as error:
-            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-            raise NormswapError(f"--model {name!r}: {path}({given}) raised {_described(error)}") from error
+    target = _attribute(_import(source), source, path)
+    if isinstance(target, nn.Module):
+        if arguments:
+            raise NormswapError(f"--model {name!r} is a module, not a callable: --model-arg has no use")
+        return target
+    if not callable(target):
+        raise NormswapError(f"--model {name!r} is a {type(target).__name__}, not a callable that returns a model")
+    try:
+        model = target(**arguments)
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise NormswapError(f"--model {name!r}: {path}({given}) raised {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise NormswapError(f"--model {name!r}: {path}() returned a {type(model).__name__}, not an nn.Module")
     return model

@@ -98,9 +98,14 @@ def _lookup(cls: type) -> tuple[Reader | None, type | None]:
     return None, None
 
 
+def _found(module: nn.Module) -> tuple[Reader | None, type | None]:
+    cls: Any = type(module)
+    return _lookup(cls)
+
+
 def overridden(module: nn.Module) -> str | None:
     """Why a module of a registered class is not taken for it (a ``forward`` of its own), or ``None``."""
-    base = _lookup(type(module))[1]
+    base = _found(module)[1]
     if base is None:
         return None
     if "forward" in vars(module):
@@ -116,7 +121,7 @@ def overridden(module: nn.Module) -> str | None:
 
 def registered(module: nn.Module) -> bool:
     """Whether the module's class, or a class it derives from, has a reader (a cheap test: nothing is read)."""
-    return _lookup(type(module))[0] is not None
+    return _found(module)[0] is not None
 
 
 def read(module: nn.Module) -> Norm:
@@ -125,7 +130,7 @@ def read(module: nn.Module) -> Norm:
     Raises :class:`Refusal` with the reason when no reader speaks for it: an unknown class, a subclass with its own
     ``forward``, uninitialised parameters, or a state the reader refuses.
     """
-    reader, base = _lookup(type(module))
+    reader, base = _found(module)
     if reader is None or base is None:
         raise Refusal(f"no reader for {dotted(type(module))}; teach one with @normswap.reads")
     if (reason := overridden(module)) is not None:

@@ -95,10 +95,12 @@ def _flags(built: nn.Module, norm: Norm) -> None:
 def _parametrizations(source: nn.Module, built: nn.Module) -> None:
     if not parametrize.is_parametrized(source):
         return
-    for name, stack in source.parametrizations.items():  # type: ignore[union-attr]
+    stacks: Any = source.parametrizations
+    for name, stack in stacks.items():
         if getattr(built, name, None) is not None:
             parametrize.register_parametrization(built, name, nn.Identity(), unsafe=True)
-            built.parametrizations[name] = stack  # type: ignore[index, operator, union-attr]
+            target: Any = built.parametrizations
+            target[name] = stack
 
 
 def _other_tensors(source: nn.Module, built: nn.Module, norm: Norm) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,17 +13,17 @@ from normswap import registry
 from normswap.engine import guards
 from normswap.engine.carry import build, carry
 from normswap.engine.plan import Change, Plan, Skip, copy_model
-from normswap.engine.select import Selector, excluded, unmatched
+from normswap.engine.report import report
+from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
 from normswap.graph.evidence import Evidence, input_evidence
 from normswap.graph.lift import lift
 from normswap.graph.observe import observe
-from normswap.graph.references import Reference, references
+from normswap.graph.references import Reference, Slot, references
 from normswap.graph.trace import regions
 from normswap.spec import Norm, exactness
 
-logger = logging.getLogger("normswap")
 Init = Literal["copy", "preserve", "reset"]
 INITS: tuple[Init, ...] = ("copy", "preserve", "reset")
 
@@ -124,16 +122,6 @@ def convert(
     plan = plan_convert(target, to, where=where, skip=skip, example_inputs=example_inputs, init=init, **options)
     report(plan)
     return plan.apply(inplace=True)
-
-
-def report(plan: Plan) -> None:
-    """Log the skips; warn when a plan changes nothing."""
-    for skip in plan.skips:
-        logger.info("%s: skipped %s (%s): %s", plan.operation, skip.name, skip.was, skip.reason)
-    if not plan.changes:
-        found = f"{len(plan.skips)} norms, none changed; first: {plan.skips[0].name}: {plan.skips[0].reason}"
-        message = found if plan.skips else "the model has no normalization"
-        warnings.warn(f"normswap, {plan.operation}: nothing changed ({message})", stacklevel=3)
 
 
 def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflow: _Dataflow) -> Change | str:
@@ -287,8 +275,8 @@ def _fitting(norm: Norm, change: Change) -> Norm:
 
 def _swap(item: _Prepared) -> Callable[[], None]:
     old, slots = item.reference.module, item.reference.slots
-    done = []
-    restore_fast_path = None
+    done: list[Slot] = []
+    restore_fast_path: Callable[[], None] | None = None
 
     def undo() -> None:
         for slot in reversed(done):

@@ -16,6 +16,8 @@ from torch import nn
 
 from normswap.engine.optimizer import Remapped, remap
 from normswap.errors import NormswapError
+from normswap.fold.affine import Affine
+from normswap.fold.layers import Layer, Side
 from normswap.spec import Exactness, Norm
 
 RECIPE_VERSION = 1
@@ -35,6 +37,15 @@ class Skip:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "aliases": list(self.aliases), "was": self.was, "reason": self.reason}
+
+
+@dataclass
+class Fold:
+    """How a norm vanishes: what its layers absorb, or the affine that is left of it."""
+
+    steps: list[tuple[str, Side, Layer | None, Affine]] = field(default_factory=list)
+    """Name of a layer, its side, the layer (``None`` for a norm that composes) and the affine, in order."""
+    left: Affine | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +69,21 @@ class Change:
     init: str = "copy"
     classes: tuple[str, str] = ("", "")
     """Class of the module before and after."""
+    into: tuple[str, ...] = ()
+    """Names of the layers that absorb it, in a fold."""
+    fold: Fold | None = field(default=None, repr=False)
+
+    @property
+    def becomes(self) -> str:
+        """The outcome in words."""
+        return f"folded into {', '.join(self.into)}" if self.into else str(self.target)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "aliases": list(self.aliases),
             "was": str(self.source),
-            "becomes": str(self.target),
+            "becomes": self.becomes,
             "exactness": self.exactness,
             "lost": list(self.lost),
             "notes": list(self.notes),
@@ -165,14 +184,14 @@ class Plan:
 
     def __str__(self) -> str:
         counts = f"{len(self.changes)} changes, {len(self.skips)} skipped"
-        rows = [("name", "was", "becomes", "exactness", "notes")] if self.changes else []
+        rows: list[tuple[str, ...]] = [("name", "was", "becomes", "exactness", "notes")] if self.changes else []
         for c in self.changes:
             remarks = [
                 *(f"loses {item}" for item in c.lost),
                 *c.notes,
                 *([c.evidence] if c.evidence != "static" else []),
             ]
-            rows.append((_names(c.name, c.aliases), str(c.source), str(c.target), c.exactness, "; ".join(remarks)))
+            rows.append((_names(c.name, c.aliases), str(c.source), c.becomes, c.exactness, "; ".join(remarks)))
         lines = [f"plan to {self.operation}: {counts}", *_table(rows)]
         if self.skips:
             skipped = [(_names(s.name, s.aliases), s.was, s.reason) for s in self.skips]

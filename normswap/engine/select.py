@@ -30,6 +30,14 @@ def unmatched(selector: Selector, sites: Sequence[Site]) -> list[str]:
     return [glob for glob in globs if not any(matches(glob, site) for site in sites)]
 
 
+def check_globs(sites: Sequence[Site], **selectors: Selector) -> None:
+    """Raise :class:`NormswapError` for a glob that matches no norm of a model that has some."""
+    for name, selector in selectors.items():
+        if sites and (globs := unmatched(selector, sites)):
+            listed = ", ".join(map(repr, globs))
+            raise NormswapError(f"{name}: no norm is called {listed}; the first is {sites[0].name!r}")
+
+
 def excluded(site: Site, where: Selector, skip: Selector) -> str | None:
     """Why the selectors leave a site out, or ``None``."""
     if where is not None and not matches(where, site):

@@ -11,6 +11,7 @@ from torch import nn
 
 from normswap import registry
 from normswap.errors import NormswapError, Refusal
+from normswap.graph.functional import NAMES
 from normswap.graph.lift import Call, Forward, functional_norms
 from normswap.graph.observe import Observation, observe
 from normswap.graph.reach import reach
@@ -77,6 +78,8 @@ def survey(found: dict[int, Reference], observation: Observation | None = None) 
     sites: list[Site] = []
     for reference in found.values():
         sites.extend(_of_reference(reference))
+    lifted = {id(site.call.holder) for site in sites if site.call is not None and site.reason is None}
+    sites = [site for site in sites if site.call is not None or id(site.module) not in lifted]
     for site in sites:
         site.parents = tuple(found[id(site.module)].parents)
     if observation is not None:
@@ -88,7 +91,7 @@ def _of_reference(reference: Reference) -> list[Site]:
     module, name = reference.module, reference.name
     aliases = tuple(reference.names[1:])
     if isinstance(module, torch.jit.ScriptModule):
-        if "Norm" in str(getattr(module, "original_name", "")):
+        if _scripted_norm(module):
             return [Site(name, None, module, "it is inside a ScriptModule, whose code cannot be changed", aliases)]
         return []
     if registry.registered(module):
@@ -103,13 +106,24 @@ def _of_reference(reference: Reference) -> list[Site]:
             return [Site(name, None, module, refusal.reason, aliases)]
         reason = None
         if reference.captured is not None:
-            reason = f"{reference.captured} keeps a bound method of it, where a replacement would not be seen"
+            reason = f"{reference.captured} also holds it in a closure, method or object, where a replacement would not be seen"
         return [Site(name, norm, module, reason, aliases)]
     sites = _functional(reference)
     if not sites and _looks_like_a_norm(module):
         path = registry.dotted(type(module))
         return [Site(name, None, module, f"no reader for {path}; teach one with @normswap.reads", aliases)]
     return sites
+
+
+def _scripted_norm(module: torch.jit.ScriptModule) -> bool:
+    """Whether a ScriptModule's own graph, its children's not included, calls a norm function."""
+    if "Norm" in str(getattr(module, "original_name", "")):
+        return True
+    try:
+        code = str(module.graph)
+    except RuntimeError:  # a container without a forward
+        return False
+    return any(f"aten::{name}(" in code or f'name="{name}"' in code for name in NAMES)
 
 
 def _functional(reference: Reference) -> list[Site]:

@@ -48,12 +48,11 @@ def input_evidence(region: Region, node: fx.Node, channels: int) -> Evidence:
             return Evidence(rank)
         module = region.module_of(source)
         if isinstance(module, _ADAPTIVE):
-            size = module.output_size
-            return Evidence(rank or _of_name(module), size == 1 or (isinstance(size, tuple) and set(size) == {1}))
+            size: Any = module.output_size
+            return Evidence(rank or _of_name(module), _is_one(size))
         if source.op == "call_function" and source.target in _ADAPTIVE_FUNCTIONS:
             size = source.args[1] if len(source.args) > 1 else source.kwargs.get("output_size")
-            single = size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1})
-            return Evidence(rank or _ADAPTIVE_FUNCTIONS[source.target], single)
+            return Evidence(rank or _ADAPTIVE_FUNCTIONS[source.target], _is_one(size))
         if source.target in _FLATTEN and _flattens_all(source):
             return Evidence(rank or 2, single=True)
         if (source.op == "call_method" and source.target == "mean") or source.target is torch.mean:
@@ -79,6 +78,10 @@ def _of_name(module: nn.Module) -> int | None:
         if (rank := _RANK.get(cls.__name__[-2:])) is not None:
             return rank
     return None
+
+
+def _is_one(size: Any) -> bool:
+    return size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1})
 
 
 def _flattens_all(node: fx.Node) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block, _forward_from_src
-from torch.package import sys_importer
+from torch.nn.utils import parametrize
+from torch.package.importer import sys_importer
 
 from normswap import registry
 from normswap.errors import Refusal
@@ -38,6 +39,8 @@ class Call:
     """Where its tensors are: field of ``Norm`` -> attribute path in the module."""
     nodes: dict[bool, fx.Node]
     """Its node in the train-mode (``True``) and the eval-mode (``False``) graph."""
+    holder: nn.Module | None = None
+    """The submodule called ``name`` that only holds this norm's tensors, if there is one: the new module takes its place."""
 
 
 @dataclass
@@ -46,12 +49,17 @@ class Forward:
 
     module: nn.Module
     graphs: dict[bool, fx.Graph]
+    constants: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
 
 def functional_norms(module: nn.Module) -> Forward:
-    """The functional norms in a module's own ``forward``. Raises :class:`Refusal` when it cannot be traced."""
-    graphs = {}
+    """The functional norms in a module's own ``forward``.
+
+    Raises :class:`Refusal` when it cannot be traced, or does what a forward generated from the trace would not do.
+    """
+    graphs: dict[bool, fx.Graph] = {}
+    constants: dict[bool, dict[str, Tensor]] = {}
     was_training = module.training
     try:
         for training in (True, False):
@@ -60,19 +68,25 @@ def functional_norms(module: nn.Module) -> Forward:
                 continue
             module.training = training
             try:
-                graphs[training] = trace(module, leaf=lambda _child: True)[0]
+                traced = trace(module, leaf=lambda _child: True)
             except Exception as error:
                 mode = "train" if training else "eval"
                 raise Refusal(
                     f"its forward calls a norm function and cannot be traced in {mode} mode ({brief(error)})"
                 ) from error
+            if traced.effects:
+                raise Refusal(
+                    f"its forward calls a norm function, and a generated one would not do what it does besides: it "
+                    f"{', '.join(traced.effects)}"
+                )
+            graphs[training], constants[training] = traced.graph, traced.constants
     finally:
         if module.training != was_training:
             module.training = was_training
     nodes = {mode: [n for n in graph.nodes if _is_norm(n)] for mode, graph in graphs.items()}
     if [n.target for n in nodes[True]] != [n.target for n in nodes[False]]:
         raise Refusal("its forward runs other norms in train mode than in eval mode")
-    forward = Forward(module, graphs)
+    forward = Forward(module, graphs, constants)
     taken: set[str] = set()
     for train, evaluation in zip(nodes[True], nodes[False], strict=True):
         forward.calls.append(_call(module, {True: train, False: evaluation}, taken))
@@ -90,21 +104,22 @@ def _call(module: nn.Module, nodes: dict[bool, fx.Node], taken: set[str]) -> Cal
         norm = _read(module, nodes, paths)
     except Refusal as refusal:
         reason = refusal.reason
-    name = _name(module, nodes[False], paths, taken)
+    holder = _holder(module, paths, taken)
+    name = _name(module, nodes[False], taken) if holder is None else holder
     taken.add(name)
-    return Call(name, norm, reason, paths, nodes)
+    return Call(name, norm, reason, paths, nodes, None if holder is None else module.get_submodule(holder))
 
 
-def _name(module: nn.Module, node: fx.Node, paths: dict[str, str], taken: set[str]) -> str:
-    """The submodule that only holds this norm's tensors, as an exported program has it; else the function's name."""
+def _holder(module: nn.Module, paths: dict[str, str], taken: set[str]) -> str | None:
+    """The submodule that only holds a norm's tensors, as an exported program has it."""
     parents = {path.rpartition(".")[0] for path in paths.values()}
-    if (
-        len(parents) == 1
-        and (parent := next(iter(parents)))
-        and parent not in taken
-        and _only_holds(module, parent, paths)
-    ):
-        return parent
+    if len(parents) != 1:
+        return None
+    parent = next(iter(parents))
+    return parent if parent and parent not in taken and _only_holds(module, parent, paths) else None
+
+
+def _name(module: nn.Module, node: fx.Node, taken: set[str]) -> str:
     target = node.target
     base = target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "norm")
     base = base.rpartition("::")[2]
@@ -156,8 +171,9 @@ def _norm(family: str, given: dict[str, Any], train: dict[str, Any], tensors: di
         raise Refusal("it has neither affine nor statistics, so its channels are not known")
     common["channels"] = present.shape[0]
     if family == "group":
-        return Norm(kind="group", pools=MAP, groups=given["groups"], momentum=None, **common)
-    statistics = {name: tensors[name] for name in ("running_mean", "running_var")}
+        common |= {"groups": given["groups"], "momentum": None}
+        return Norm(kind="group", pools=MAP, **common)
+    statistics: dict[str, Any] = {name: tensors[name] for name in ("running_mean", "running_var")}
     if given["training"]:  # the input's own moments in eval mode too
         statistics = dict.fromkeys(statistics)
     elif not train["training"]:
@@ -167,7 +183,7 @@ def _norm(family: str, given: dict[str, Any], train: dict[str, Any], tensors: di
     pools = BATCH if family == "batch" else SPACE
     kind = "frozen" if common.get("fixed") else family
     momentum = train["momentum"] if isinstance(train["momentum"], (int, float)) else 0.1
-    return Norm(kind=kind, pools=pools, momentum=momentum, **statistics, **common)
+    return Norm(kind=kind, pools=pools, momentum=momentum, **common, **statistics)
 
 
 def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> Tensor:
@@ -178,7 +194,7 @@ def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> 
     tensor = getattr(owner, attribute)
     if not isinstance(tensor, Tensor):
         raise Refusal(f"its {name} is not a tensor of the module")
-    if hasattr(owner, "parametrizations") and attribute in owner.parametrizations:
+    if parametrize.is_parametrized(owner, attribute):
         raise Refusal(f"its {name} is parametrized")
     paths[name] = value.target
     return tensor
@@ -217,7 +233,8 @@ class _Before:
             if not lifted:
                 vars(module).pop("lifted_norms", None)
         if self.graph is not None:
-            self.saved[0][0].graph = self.graph
+            root: Any = self.saved[0][0]
+            root.graph = self.graph
 
 
 def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:

@@ -6,7 +6,7 @@ that these inputs take, so what rests on it is marked ``observed``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from normswap.errors import NormswapError
 from normswap.graph.functional import SIGNATURES, arguments, is_norm_function
+from normswap.graph.state import unmarked
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Observation:
     functions: dict[int, list[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     objects: dict[int, nn.Module] = field(default_factory=dict)
     """The modules that ran, by ``id``."""
+    runs: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=dict)
+    """Arguments, keyword arguments and result of the first call of watched modules, by ``id``."""
 
 
 @contextmanager
@@ -49,7 +52,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in flags:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng():
+        with unmarked(model), torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
         for module, training in flags:
@@ -83,8 +86,10 @@ class _Functions(TorchFunctionMode):
             self.inside = False
 
 
-def observe(model: nn.Module, example_inputs: tuple[Any, ...]) -> Observation:
-    """Run ``model(*example_inputs)`` once and record its calls.
+def observe(
+    model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable[nn.Module] = ()
+) -> Observation:
+    """Run ``model(*example_inputs)`` once and record its calls, and what ``watched`` modules took and gave.
 
     Raises :class:`NormswapError` when ``example_inputs`` is no tuple or the run fails.
     """
@@ -105,7 +110,12 @@ def observe(model: nn.Module, example_inputs: tuple[Any, ...]) -> Observation:
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         stack.pop()
 
-    handles = [
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if id(module) not in observation.runs:
+            observation.runs[id(module)] = (args, kwargs, output)
+
+    handles = [module.register_forward_hook(watch, with_kwargs=True) for module in watched]
+    handles += [
         register_module_forward_pre_hook(enter),
         torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,10 +31,16 @@ class Reach:
 
     functions: set[str] = field(default_factory=set)
     child_reads: set[tuple[str, str]] = field(default_factory=set)
+    handled: set[str] = field(default_factory=set)
+    """Children that are used as values, not only called: iterated, indexed, passed on."""
+    foreign: set[str] = field(default_factory=set)
+    """Attributes read from other objects than ``self``: a loop variable, an argument, a child's child."""
 
     def update(self, other: Reach) -> None:
         self.functions |= other.functions
         self.child_reads |= other.child_reads
+        self.handled |= other.handled
+        self.foreign |= other.foreign
 
 
 def reach(module: nn.Module) -> Reach:
@@ -41,10 +48,21 @@ def reach(module: nn.Module) -> Reach:
     if isinstance(module, fx.GraphModule):
         return Reach({"graph"} if any(is_norm_function(node.target) for node in module.graph.nodes) else set())
     found = Reach()
-    found.update(_of_class(type(module)))
+    cls: Any = type(module)
+    found.update(_of_class(cls))
     for value in vars(module).values():
         if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)):
-            found.update(_of_value(value, type(module), set(), 4))
+            found.update(_of_value(value, cls, set(), 4))
+    return found
+
+
+@cache
+def of_method(cls: type, method: str) -> Reach:
+    """What one method of a class can reach."""
+    seen: set[Any] = set()
+    found = Reach()
+    for function in _methods(cls, method):
+        found.update(_of_value(function, cls, seen, 12))
     return found
 
 
@@ -119,7 +137,8 @@ def _of_code(
     child: str | None = None  # the attribute of self that is on top of the stack
     super_pending = False
     read: tuple[str, str] | None = None  # the child's attribute that was just read
-    for instruction in dis.get_instructions(code):
+    instructions = list(dis.get_instructions(code))
+    for index, instruction in enumerate(instructions):
         name = instruction.opname
         value = instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -135,6 +154,8 @@ def _of_code(
             if name == "LOAD_SUPER_ATTR" or current is _SUPER or current is _SELF:
                 for method in _methods(cls, value):
                     found.update(_of_value(method, cls, seen, depth - 1))
+                if current is _SELF and _handles(instructions, index):
+                    found.handled.add(value)
                 child, current = (value if current is _SELF else None), None
             elif child is not None:
                 if value not in _CALL_ONLY:
@@ -146,6 +167,8 @@ def _of_code(
                 found.child_reads.discard(read)
             else:
                 known = isinstance(current, (types.ModuleType, torch._ops._OpNamespace, torch._ops._Ops))
+                if not known:
+                    found.foreign.add(value)
                 if value in NAMES and (known or imports):
                     found.functions.add(value)
                 current = getattr(current, value, None) if known else None
@@ -159,6 +182,16 @@ def _of_code(
             current, child = None, None
         read = None
     return found
+
+
+def _handles(instructions: list[dis.Instruction], index: int) -> bool:
+    """Whether the attribute of ``self`` loaded here is used as a value: not called, not compared with None, not read from."""
+    here, behind = instructions[index], [i.opname for i in instructions[index + 1 : index + 4]]
+    if here.opname == "LOAD_METHOD" or (here.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and here.arg and here.arg & 1):
+        return False
+    following = behind[0] if behind else ""
+    compared = following == "LOAD_CONST" and len(behind) > 1 and behind[1] == "IS_OP"
+    return not (following.startswith(("POP_JUMP", "LOAD_ATTR", "LOAD_METHOD", "TO_BOOL", "COPY")) or compared)
 
 
 _SELF = object()

@@ -1,18 +1,21 @@
 """Every place that refers to a module: child slots under any name, and plain lists, tuples and dicts.
 
 ``setattr`` on one parent misses the second name of a shared module and the Python list that a ``forward`` iterates. Here a module
-is replaced at all of its slots.
+is replaced at all of its slots. What holds a module in another way (a closure, a bound method, a set) is found too, so that such a module is left
+alone. Registered children come first: a module is known by the name it has in ``state_dict``.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _INTERNAL = frozenset(vars(nn.Module()))
 _DEPTH = 3
@@ -30,8 +33,10 @@ class Slot:
         if self.outer is None:
             self.container[self.key] = value
             return
-        current = self.outer.container[self.outer.key] if self.outer.outer is None else self.outer.get()
-        self.outer.put((*current[: self.key], value, *current[self.key + 1 :]))
+        current = self.outer.get()
+        items = (*current[: self.key], value, *current[self.key + 1 :])
+        cls: Any = type(current)
+        self.outer.put(cls._make(items) if hasattr(cls, "_make") else cls(items))
 
     def get(self) -> Any:
         return self.container[self.key] if self.outer is None else self.outer.get()[self.key]
@@ -46,7 +51,7 @@ class Reference:
     slots: list[Slot] = field(default_factory=list)
     parents: list[nn.Module] = field(default_factory=list)
     captured: str | None = None
-    """The name of a module that keeps a bound method or a partial of this one: such a reference cannot be replaced."""
+    """The name of a module that holds this one where it cannot be replaced: in a closure, a bound method, a set, an object."""
 
     @property
     def name(self) -> str:
@@ -54,39 +59,48 @@ class Reference:
 
 
 def references(model: nn.Module) -> dict[int, Reference]:
-    """All modules reachable from ``model``, by ``id``, in the order of ``named_modules``; the root's name is ``""``."""
+    """All modules reachable from ``model``, by ``id``; the root's name is ``""``.
+
+    Those in the module tree come in the order of ``named_modules``, after them those that only plain attributes hold.
+    """
     found: dict[int, Reference] = {}
-    captured: list[tuple[nn.Module, str]] = []
+    holders: list[nn.Module] = []
 
     def visit(module: nn.Module, name: str, above: frozenset[int]) -> None:
-        known = found.get(id(module))
-        if known is not None:
-            known.names.append(name)
-        else:
-            found[id(module)] = Reference(module, [name])
+        new = id(module) not in found
+        if new:
+            found[id(module)] = Reference(module)
+            holders.append(module)
+        found[id(module)].names.append(name)
         if id(module) in above:
             return
         inside = above | {id(module)}
-        for key, slot, child in _children(module):
+        for key, child in module._modules.items():
+            if child is None:
+                continue
             visit(child, f"{name}.{key}" if name else key, inside)
-            if known is None:
-                found[id(child)].slots.append(slot)
+            if new:
+                found[id(child)].slots.append(Slot(module._modules, key))
                 found[id(child)].parents.append(module)
-        if known is None:
-            captured.extend((held, name or type(module).__name__) for held in _captured(module))
 
     visit(model, "", frozenset())
-    for module, holder in captured:
-        if id(module) in found:
-            found[id(module)].captured = holder
+    for holder in holders:  # grows on the way
+        prefix = f"{found[id(holder)].name}." if found[id(holder)].name else ""
+        for key, slot, module in _plain(holder):
+            if id(module) in found:
+                found[id(module)].names.append(f"{prefix}{key}")
+            else:
+                visit(module, f"{prefix}{key}", frozenset())
+            found[id(module)].slots.append(slot)
+            found[id(module)].parents.append(holder)
+    for holder in holders:
+        for module in _captured(holder):
+            if id(module) in found:
+                found[id(module)].captured = found[id(holder)].name or type(holder).__name__
     return found
 
 
-def _children(module: nn.Module) -> Iterator[tuple[str, Slot, nn.Module]]:
-    modules = module._modules
-    for key, child in modules.items():
-        if child is not None:
-            yield key, Slot(modules, key), child
+def _plain(module: nn.Module) -> Iterator[tuple[str, Slot, nn.Module]]:
     for key, value in vars(module).items():
         if key not in _INTERNAL:
             yield from _nested(key, Slot(vars(module), key), value, _DEPTH)
@@ -95,7 +109,7 @@ def _children(module: nn.Module) -> Iterator[tuple[str, Slot, nn.Module]]:
 def _nested(name: str, slot: Slot, value: Any, depth: int) -> Iterator[tuple[str, Slot, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, slot, value
-    elif depth and type(value) in (list, dict, tuple):
+    elif depth and isinstance(value, (list, dict, tuple, deque)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
             inner = Slot(None, key, slot) if isinstance(value, tuple) else Slot(value, key)
@@ -103,12 +117,52 @@ def _nested(name: str, slot: Slot, value: Any, depth: int) -> Iterator[tuple[str
 
 
 def _captured(module: nn.Module) -> Iterator[nn.Module]:
+    if is_compiled_wrapper(module):
+        yield from module.children()
     for key, value in vars(module).items():
-        if key in _INTERNAL:
-            continue
-        held = [value.func, *value.args, *value.keywords.values()] if isinstance(value, partial) else [value]
-        for item in held:
-            if isinstance(item, MethodType) and isinstance(item.__self__, nn.Module) and item.__self__ is not module:
-                yield item.__self__
-            elif isinstance(value, partial) and isinstance(item, nn.Module):
-                yield item
+        if key not in _INTERNAL and not isinstance(value, nn.Module):
+            yield from (held for held in _held(value, _DEPTH) if held is not module)
+
+
+def _held(value: Any, depth: int, fixed: bool = False) -> Iterator[nn.Module]:
+    """Modules in ``value`` that sit in no slot; ``fixed`` once something on the way cannot be written to."""
+    if isinstance(value, nn.Module):
+        if fixed:
+            yield value
+        return
+    if not depth or isinstance(value, (type, str, bytes, int, float, Tensor)) or value is None:
+        return
+    if isinstance(value, (list, tuple, deque)):
+        items = list(value)
+    elif isinstance(value, dict):
+        items = list(value.values())
+    else:
+        items, fixed = list(_inside(value)), True
+    for item in items:
+        yield from _held(item, depth - 1, fixed)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What an object refers to that is no list, tuple or dict."""
+    if isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, FunctionType):
+        yield from value.__defaults__ or ()
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif isinstance(value, (set, frozenset)):
+        yield from value
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        yield from vars(value).values()
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returns: it keeps its module's ``__call__`` besides the child slot."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules

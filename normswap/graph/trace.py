@@ -6,6 +6,7 @@ parent's graph goes on. So one control-flow statement costs one module its dataf
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normswap import registry
-from normswap.errors import Refusal
+from normswap.errors import NormswapError, Refusal
+from normswap.graph.state import unmarked
 
 LINEAR_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)
 _DIM_CHECKS = ("_check_input_dim", "_check_non_zero_input_channels")
@@ -41,6 +43,8 @@ class Region:
     graph: fx.Graph
     opaque: dict[str, str] = field(default_factory=dict)
     """Submodules (by name inside the region) that could not be traced, with the reason."""
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors made in the ``forward`` by Python alone, by the name the graph gives them."""
 
     def qualified(self, target: str) -> str:
         return f"{self.name}.{target}" if self.name else target
@@ -51,14 +55,33 @@ class Region:
         return self.module.get_submodule(node.target)
 
 
+@dataclass
+class Trace:
+    """What a trace of one ``forward`` gave."""
+
+    graph: fx.Graph
+    opaque: dict[str, str] = field(default_factory=dict)
+    """Submodules that could not be traced, with the reason."""
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors made in the ``forward`` by Python alone, by the name the graph gives them."""
+    effects: list[str] = field(default_factory=list)
+    """What the ``forward`` does that the graph does not hold."""
+
+
 class RegionTracer(fx.Tracer):
-    """Traces into everything but leaves; a child that fails is rolled back and becomes a leaf."""
+    """Traces into everything but leaves; a child that fails is rolled back and becomes a leaf, as is one with hooks.
+
+    Optional arguments are traced at their defaults, of which :func:`check_default` takes care.
+    """
 
     def __init__(self, leaf: Callable[[nn.Module], bool] = is_leaf) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
         self.leaf = leaf
         self.opaque: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.modes = _modes()
+        self.switches_modes = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.leaf(m)
@@ -75,10 +98,14 @@ class RegionTracer(fx.Tracer):
         name = self.path_of_module(m)
         if self.leaf(m):
             return self.create_proxy("call_module", name, args, kwargs)
+        if m._forward_hooks or m._forward_pre_hooks:
+            self.opaque[name] = "it has forward hooks, which may change what it takes and gives"
+            return self.create_proxy("call_module", name, args, kwargs)
         last = next(reversed(self.graph.nodes), None)
         stack = self.module_stack.copy()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with _tensors_for(type(m).forward):
+                return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             for node in list(reversed(self.graph.nodes)):
                 if node is last:
@@ -89,6 +116,95 @@ class RegionTracer(fx.Tracer):
                 del self.opaque[inner]
             self.opaque[name] = brief(error)
             return self.create_proxy("call_module", name, args, kwargs)
+
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        values: dict[str, Any] = {}
+        given: dict[str, fx.Proxy] = {}
+        for p in sorted(parameters, key=lambda p: p.default is not p.empty):
+            if p.default is p.empty:
+                values[p.name] = self.create_proxy("placeholder", p.name, (), {})
+            else:
+                values[p.name] = p.default
+                if _literal(p.default):
+                    given[p.name] = self.create_proxy("placeholder", p.name, (p.default,), {})
+        for name, proxy in given.items():
+            self.create_proxy("call_function", check_default, (proxy, values[name], name), {})
+        named = {p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
+        positional = [values[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
+
+        def run(*args: Any) -> Any:
+            return root_fn(*args, **named)
+
+        return run, [self.root, *positional]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            name = f"_tensor_constant{len(self.constants)}"
+            self.tensor_attrs[a] = name
+            self.constants[name] = a
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.switches_modes = self.switches_modes or _modes() != self.modes
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _literal(value: Any) -> bool:
+    """Whether a default can be written in generated code."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_literal, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def check_default(given: Any, default: Any, name: str) -> None:
+    """Called in a generated ``forward``, which holds for the default of an optional argument only."""
+    if isinstance(given, Tensor) or given != default:
+        shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        raise NormswapError(
+            f"{name}={shown}: a functional norm was replaced in this forward, which now holds for {name}={default!r} only; "
+            "convert the model with skip= for that norm"
+        )
+
+
+@contextmanager
+def _tensors_for(function: Any) -> Iterator[None]:
+    """Let ``isinstance(x, Tensor)`` in a function's module be true of what stands in for a tensor."""
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    if "isinstance" in names:
+        yield
+        return
+    names["isinstance"] = _isinstance
+    try:
+        yield
+    finally:
+        names.pop("isinstance", None)
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    if builtins.isinstance(value, fx.Proxy) and not _is_size(value.node, 8) and issubclass(Tensor, classes):
+        return True
+    return builtins.isinstance(value, classes)
+
+
+def _is_size(node: fx.Node, depth: int) -> bool:
+    """Whether a node is a number or a shape: read off a tensor, or computed from such alone."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel", "ndimension", "item", "tolist", "stride"):
+        return True
+    if node.op != "call_function" or not depth:
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
+    return bool(node.all_input_nodes) and all(_is_size(source, depth - 1) for source in node.all_input_nodes)
 
 
 def brief(error: BaseException) -> str:
@@ -110,47 +226,48 @@ def quiet_checks(module: nn.Module) -> Iterator[None]:
             del vars(module)[name]
 
 
-def trace(module: nn.Module, leaf: Callable[[nn.Module], bool] = is_leaf) -> tuple[fx.Graph, dict[str, str]]:
-    """The graph of a module's ``forward`` with optional arguments at their defaults, and its opaque submodules.
+def trace(module: nn.Module, leaf: Callable[[nn.Module], bool] = is_leaf) -> Trace:
+    """Trace a module's ``forward`` with optional arguments at their defaults; the module is left as it was.
 
     Placeholders keep the names of the arguments. Raises whatever the trace raised.
     """
     if isinstance(module, fx.GraphModule):
-        return module.graph, {}
+        return Trace(module.graph)
     if isinstance(module, torch.jit.ScriptModule):
         raise Refusal("it is a ScriptModule")
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    optional = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    tracer = RegionTracer(leaf)
-    with quiet_checks(module), warnings.catch_warnings(), torch.no_grad():
+    if "forward" in vars(module):
+        raise Refusal("its forward was replaced on the instance")
+    with torch.enable_grad(), warnings.catch_warnings(), unmarked(module) as effects, quiet_checks(module):
         warnings.simplefilter("ignore")
-        graph = tracer.trace(module, concrete_args=optional or None)
-    for node, parameter in zip((n for n in graph.nodes if n.op == "placeholder"), parameters, strict=False):
-        if parameter.name in optional:
-            node.target = parameter.name
-    return graph, tracer.opaque
+        tracer = RegionTracer(leaf)
+        with _tensors_for(type(module).forward):
+            graph = tracer.trace(module)
+    if tracer.switches_modes:
+        effects.append("switches gradients or autocast")
+    return Trace(graph, tracer.opaque, tracer.constants, effects)
 
 
 def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
     """All regions of a model, outermost first, and the modules that could not be traced, by name with the reason."""
     found: list[Region] = []
     failed: dict[str, str] = {}
-    seen: set[int] = set()
+    seen: set[int] = set()  # inside a region
+    visited: set[int] = set()
 
     def descend(module: nn.Module, name: str) -> None:
-        if id(module) in seen or is_leaf(module):
+        if id(module) in visited or is_leaf(module):
             return
-        seen.add(id(module))
+        visited.add(id(module))
         prefix = f"{name}." if name else ""
-        if "forward" in vars(type(module)) or not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if id(module) not in seen and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             try:
-                graph, opaque = trace(module)
+                traced = trace(module)
             except Exception as error:
                 failed[name] = brief(error)
             else:
-                region = Region(name, module, graph, opaque)
+                region = Region(name, module, traced.graph, traced.opaque, traced.constants)
                 found.append(region)
-                for inner, reason in opaque.items():
+                for inner, reason in traced.opaque.items():
                     failed[f"{prefix}{inner}"] = reason
                 _mark(region, seen)
         for key, child in module.named_children():

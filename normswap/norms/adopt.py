@@ -5,7 +5,7 @@ Keeping the objects keeps optimizer state, ties between layers and memory as the
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def adopt_affine(module: _M, norm: Norm, *names: str) -> _M:
     return module
 
 
-def like(norm: Norm) -> dict[str, torch.device | torch.dtype]:
+def like(norm: Norm) -> dict[str, Any]:
     """Device and floating dtype of the norm's tensors, as keyword arguments; empty when it has none."""
     for tensor in norm.tensors.values():
         if tensor.is_floating_point():
@@ -43,10 +43,10 @@ def adopt_statistics(module: _M, norm: Norm) -> _M:
     """Give ``module`` the running statistics of ``norm``, fresh ones (mean 0, variance 1) where it has none."""
     where = like(norm)
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    module.register_buffer("running_mean", torch.zeros(norm.channels, **where) if mean is None else mean)  # type: ignore[arg-type]
-    module.register_buffer("running_var", torch.ones(norm.channels, **where) if var is None else var)  # type: ignore[arg-type]
+    module.register_buffer("running_mean", torch.zeros(norm.channels, **where) if mean is None else mean)
+    module.register_buffer("running_var", torch.ones(norm.channels, **where) if var is None else var)
     if count is None:
-        count = torch.tensor(0, dtype=torch.long, device=where.get("device"))  # type: ignore[arg-type]
+        count = torch.tensor(0, dtype=torch.long, device=where.get("device"))
     module.register_buffer("num_batches_tracked", count)
     return module
 

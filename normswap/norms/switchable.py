@@ -164,7 +164,7 @@ def build(norm: Norm, *, gate_gap: float = GATE_GAP, init: Literal["copy", "pres
     cls = classes.get(dimensions(norm) or 0, SwitchableNorm)
     module = cls(0, eps_of(norm), norm.momentum if "batch" in norm.pools else 0.1)
     module.num_features = norm.channels
-    gates = torch.zeros(2, 3, **like(norm))  # type: ignore[arg-type]
+    gates = torch.zeros(2, 3, **like(norm))
     if init == "preserve":
         gates[:, _source(norm)] = gate_gap
     module.mean_gate, module.var_gate = (nn.Parameter(gate.clone()) for gate in gates)

@@ -49,7 +49,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             out = out * self.weight.reshape(shape)
         if self.bias is not None:
             out = out + self.bias.reshape(shape)
-        return out.to(x.dtype)
+        result: Tensor = out.to(x.dtype)
+        return result
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

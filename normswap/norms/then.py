@@ -6,6 +6,7 @@ named submodules afterwards. Such a class is made on demand; copying and picklin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -31,22 +32,20 @@ class Followed:
         return _empty, (type(self).__mro__[2],), self.__dict__
 
 
-def _empty(base: type[nn.Module]) -> nn.Module:
+def _empty(base: Any) -> Any:
     cls = followed_class(base)
     return cls.__new__(cls)
 
 
 @cache
-def followed_class(base: type[nn.Module]) -> type[nn.Module]:
-    cls = type(f"{base.__name__}Act", (Followed, base), {"__module__": __name__, "__doc__": base.__doc__})
+def followed_class(base: Any) -> Any:
+    cls: Any = type(f"{base.__name__}Act", (Followed, base), {"__module__": __name__, "__doc__": base.__doc__})
     reads(cls)(_read)
     return cls
 
 
 def _read(module: Any) -> Norm:
-    from dataclasses import replace
-
-    base = type(module).__mro__[2]
+    base: Any = type(module).__mro__[2]
     plain = base.__new__(base)
     plain.__dict__.update(module.__dict__)
     return replace(read(plain), then=tuple(module._modules[name] for name in module.followers))
@@ -65,6 +64,7 @@ def follow(module: nn.Module, then: dict[str, nn.Module]) -> nn.Module:
                 f"{type(module).__name__} already has an attribute {name!r}; cannot follow it by {follower}"
             )
         module.add_module(name, follower)
-    module.__class__ = followed_class(type(module))
+    cls: Any = type(module)
+    module.__class__ = followed_class(cls)
     module.followers = tuple(then)  # type: ignore[assignment]
     return module

@@ -69,7 +69,7 @@ def _register(path: str, reader: Callable[[Any], Norm], *, upcast: bool = False)
     reads(path)(read)
 
 
-for _name, _reader in {
+_NORMS: dict[str, Callable[[Any], Norm]] = {
     "GroupNorm": group.read,
     "GroupNorm1": group.read,
     "LayerNorm": layer.read,
@@ -79,12 +79,13 @@ for _name, _reader in {
     "RmsNorm2d": _rms_2d,
     "SimpleNorm": _simple,
     "SimpleNorm2d": _simple_2d,
-}.items():
+}
+for _name, _reader in _NORMS.items():
     _register(f"{_NORM}.{_name}", _reader)
     if _name not in ("GroupNorm", "GroupNorm1", "LayerNormExp2d"):
         _register(f"{_NORM}.{_name}Fp32", _reader, upcast=True)
 
-for _name, _reader in {
+_NORM_ACTS: dict[str, Callable[[Any], Norm]] = {
     "BatchNormAct2d": _batch_2d,
     "SyncBatchNormAct": sync.read,
     "FrozenBatchNormAct2d": _frozen_2d,
@@ -94,7 +95,8 @@ for _name, _reader in {
     "LayerNormAct2d": _layer_2d,
     "RmsNormAct": _rms,
     "RmsNormAct2d": _rms_2d,
-}.items():
+}
+for _name, _reader in _NORM_ACTS.items():
     _register(f"{_ACT}.{_name}", _reader)
     if _name.startswith(("Layer", "Rms")):
         _register(

@@ -1,0 +1,408 @@
+"""The command line: ``normswap inspect``, ``convert``, ``fold``, ``verify``, ``export``.
+
+Results go to standard output, everything else to standard error. Exit status: 0 done, 1 a check failed, 2 bad input,
+130 interrupted. Choices come from the registry, so a kind that a package registers is offered like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+from typer.core import TyperGroup
+
+from normswap import __version__, engine, registry, report
+from normswap.arguments import build_model, parse_inputs, parse_pairs
+from normswap.errors import NormswapError
+from normswap.onnx.export import check_output
+from normswap.onnx.export import export as export_onnx
+from normswap.source import Source, check_destination, load_source, save_source
+from normswap.spec import Norm
+from normswap.verify import Verification
+from normswap.verify import verify as compare
+
+Backend = Literal["onnxruntime", "eager"]
+CHECK_FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns the library's exceptions into one message and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NormswapError as error:
+            _fail(str(error))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find, replace, fold and verify the normalization layers of a PyTorch model.",
+)
+
+
+def main() -> None:
+    app(prog_name="normswap")
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
+
+
+def _fail(message: str) -> NoReturn:
+    _say(f"normswap: {message}")
+    raise typer.Exit(BAD_INPUT) from None
+
+
+@contextlib.contextmanager
+def _working(message: str) -> Iterator[None]:
+    """Show that work goes on, and keep what the model's code prints out of the results."""
+    status = Console(stderr=True).status(message) if sys.stderr.isatty() else contextlib.nullcontext()
+    with status, contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"normswap {__version__}")
+        raise typer.Exit
+
+
+def _kind(name: str) -> str:
+    registry.builder(name)
+    return name
+
+
+def _options_help() -> str:
+    listed = [f"{kind}: {', '.join(registry.options(kind))}" for kind in registry.kinds() if registry.options(kind)]
+    return f"An option of the kind, repeatable ({'; '.join(listed)})."
+
+
+@app.callback()
+def normswap_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="WHERE:CALLABLE", help="package.module:callable or file.py:callable."),
+]
+To = Annotated[
+    str, typer.Option("--to", metavar="KIND", callback=_kind, help=f"One of: {', '.join(registry.kinds())}.")
+]
+ModelArgs = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="K=V", help="An argument of the callable, repeatable.")
+]
+CheckpointFile = Annotated[
+    Path | None, typer.Argument(help="A .pt, .pth or .safetensors file; without it, the model's own weights.")
+]
+Partial = Annotated[bool, typer.Option("--partial", help="Load what fits when keys are missing or left over.")]
+Replay = Annotated[bool, typer.Option("--recipe/--no-recipe", help="Replay the recipe that came with a checkpoint.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="SHAPE", help="An example input, 1x3x224x224 or 1x16:int64, repeatable."),
+]
+Where = Annotated[list[str] | None, typer.Option("--where", metavar="GLOB", help="Only norms so named, repeatable.")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="Not norms so named, repeatable.")]
+From = Annotated[list[str] | None, typer.Option("--from", metavar="KIND", help="Only norms of this kind, repeatable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+
+
+def _load(
+    model: str, model_args: list[str] | None, path: Path | None, *, partial: bool = False, replay: bool = True
+) -> Source:
+    with _working("reading the model"):
+        built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
+        source = load_source(built, path, partial=partial, replay=replay)
+    for note in source.notes:
+        _say(note)
+    return source
+
+
+def _show(result: report.Report, record: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+    else:
+        report.show(result, Console())
+
+
+def _required(inputs: list[str] | None, source: Source, reason: str) -> tuple[Tensor, ...]:
+    parsed = parse_inputs(inputs or (), source.model)
+    if parsed is None:
+        raise NormswapError(f"{reason} needs an example input: pass --input, such as --input 1x3x224x224")
+    return parsed
+
+
+def _selectors(where: list[str] | None, skip: list[str] | None, kinds: list[str] | None) -> dict[str, Any]:
+    """``where`` and ``skip`` of the API; ``--from`` goes into whichever is free, so that globs still see aliases."""
+
+    def wanted(name: str, norm: Norm) -> bool:
+        return norm.kind in (kinds or ())
+
+    def unwanted(name: str, norm: Norm) -> bool:
+        return not wanted(name, norm) or any(fnmatchcase(name, glob) for glob in skip or ())
+
+    if not kinds:
+        return {"where": where or None, "skip": skip or None}
+    return {"where": where, "skip": unwanted} if where else {"where": wanted, "skip": skip or None}
+
+
+def _check_kinds(plan: engine.Plan, kinds: list[str] | None) -> None:
+    norms = [change.source for change in plan.changes] + [skip.norm for skip in plan.skips if skip.norm is not None]
+    present = sorted({norm.kind for norm in norms})
+    for kind in kinds or ():
+        if kind not in present:
+            raise NormswapError(f"--from {kind}: the model has no such norm; it has: {', '.join(present) or 'none'}")
+
+
+def _nothing_to_do(plan: engine.Plan) -> NormswapError:
+    if not plan.skips:
+        return NormswapError("no normalization found in the model")
+    first, count = plan.skips[0], len(plan.skips)
+    return NormswapError(f"nothing to change: {count} of {count} skipped; {first.name or '(root)'}: {first.reason}")
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    checkpoint: CheckpointFile = None,
+    model_arg: ModelArgs = None,
+    inputs: Inputs = None,
+    partial: Partial = False,
+    replay: Replay = True,
+    as_json: AsJson = False,
+) -> None:
+    """List every normalization of a model."""
+    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    with _working("looking for normalizations"):
+        sites = engine.find(source.model, parse_inputs(inputs or (), source.model))
+    _show(report.sites_report(sites), {"sites": [report.site_record(site) for site in sites]}, as_json)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    to: Annotated[
+        str, typer.Option("--to", metavar="KIND", callback=_kind, help=f"One of: {', '.join(registry.kinds())}.")
+    ],
+    checkpoint: CheckpointFile = None,
+    model_arg: ModelArgs = None,
+    groups: Annotated[int | None, typer.Option("--groups", help="Number of groups (group).")] = None,
+    channels_per_group: Annotated[
+        int | None, typer.Option("--channels-per-group", help="Size of a group (group).")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="K=V", help=_options_help())] = None,
+    init: Annotated[
+        Literal["copy", "preserve", "reset"],
+        typer.Option("--init", help="Carry affine and statistics over, keep the function, or start afresh."),
+    ] = "copy",
+    kind: From = None,
+    where: Where = None,
+    skip: Skip = None,
+    inputs: Inputs = None,
+    partial: Partial = False,
+    replay: Replay = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Turn the normalizations of a model into another kind, and write the new checkpoint."""
+    options: dict[str, Any] = parse_pairs(option or (), "--option")
+    for name, value in (("groups", groups), ("channels_per_group", channels_per_group)):
+        if value is not None:
+            if name in options:
+                raise NormswapError(f"{name} is given twice: by --{name.replace('_', '-')} and by --option")
+            options[name] = value
+    registry.check_options(to, options)
+    _check_destination(output, checkpoint, dry_run, force)
+    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    with _working("planning"):
+        plan = engine.plan_convert(
+            source.model,
+            to,
+            example_inputs=parse_inputs(inputs or (), source.model),
+            init=init,
+            **_selectors(where, skip, kind),
+            **options,
+        )
+    _check_kinds(plan, kind)
+    _carry_out(plan, source, output, dry_run=dry_run, as_json=as_json, force=force)
+
+
+@app.command()
+def fold(
+    model: ModelName,
+    checkpoint: CheckpointFile = None,
+    model_arg: ModelArgs = None,
+    where: Where = None,
+    skip: Skip = None,
+    kind: From = None,
+    inputs: Inputs = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare with the original first; on when --input is given."),
+    ] = None,
+    partial: Partial = False,
+    replay: Replay = True,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    output: Output = None,
+    force: Force = False,
+) -> None:
+    """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint."""
+    _check_destination(output, checkpoint, dry_run, force)
+    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
+    with _working("planning"):
+        plan = engine.plan_fold(source.model, example_inputs=example, **_selectors(where, skip, kind))
+    _check_kinds(plan, kind)
+    check_on = None if verify is False else example
+    _carry_out(plan, source, output, dry_run=dry_run, as_json=as_json, force=force, check_on=check_on)
+
+
+def _check_destination(output: Path | None, checkpoint: Path | None, dry_run: bool, force: bool) -> None:
+    if dry_run:
+        return
+    if output is None:
+        raise NormswapError("where to? Pass -o FILE to write the result, or --dry-run to see the plan alone")
+    check_destination(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
+
+
+def _carry_out(
+    plan: engine.Plan,
+    source: Source,
+    output: Path | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+    check_on: tuple[Tensor, ...] | None = None,
+) -> None:
+    """Show the plan; unless dry, apply it, compare where asked, and write."""
+    record: dict[str, object] = {"plan": json.loads(plan.to_json()), "verification": None, "written": []}
+    if not as_json:
+        report.show(report.plan_report(plan), Console())
+    try:
+        if not plan.changes:
+            raise _nothing_to_do(plan)
+        if dry_run:
+            return
+        assert output is not None
+        with _working("applying"):
+            changed = plan.apply(inplace=check_on is None)
+        if check_on is not None:
+            verification = _compare(source.model, changed, check_on)
+            record["verification"] = verification.to_dict()
+            if not as_json:
+                report.show(report.verification_report(verification), Console())
+            if not verification:
+                _say(f"the check failed; {output} is not written")
+                raise typer.Exit(CHECK_FAILED)
+        with _working(f"writing {output}"):
+            written = save_source(source, changed, plan.recipe, output, force=force)
+        record["written"] = [str(path) for path in written]
+        for path in written:
+            _say(f"wrote {path}")
+    finally:
+        if as_json:
+            typer.echo(json.dumps(record, indent=1))
+
+
+def _compare(
+    reference: nn.Module, candidate: nn.Module | Path, inputs: tuple[Tensor, ...], backend: Backend = "eager"
+) -> Verification:
+    with _working("comparing"):
+        return compare(reference, candidate, inputs, backend=backend)
+
+
+@app.command()
+def verify(
+    reference: Annotated[Path, typer.Argument(help="The checkpoint that is right.")],
+    candidate: Annotated[Path, typer.Argument(help="The checkpoint, or the .onnx file, to compare with it.")],
+    model: ModelName,
+    inputs: Inputs = None,
+    model_arg: ModelArgs = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option("--backend", help="What runs the candidate; for a checkpoint eager, unless given."),
+    ] = None,
+    candidate_model: Annotated[
+        str | None,
+        typer.Option("--candidate-model", metavar="WHERE:CALLABLE", help="If it has another model."),
+    ] = None,
+    partial: Partial = False,
+    replay: Replay = True,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a checkpoint with another one, or with an .onnx file run by ONNX Runtime."""
+    source = _load(model, model_arg, reference, partial=partial, replay=replay)
+    example = _required(inputs, source, "verify")
+    if candidate.suffix == ".onnx":
+        verification = _compare(source.model, candidate, example, backend or "onnxruntime")
+    else:
+        other = _load(candidate_model or model, model_arg, candidate, partial=partial, replay=replay)
+        verification = _compare(source.model, other.model, example, backend or "eager")
+    _show(report.verification_report(verification), verification.to_dict(), as_json)
+    if not verification:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def export(
+    model: ModelName,
+    checkpoint: CheckpointFile = None,
+    output: Output = None,
+    inputs: Inputs = None,
+    model_arg: ModelArgs = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the first axis open.")] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold norms into the neighbouring layers first.")] = False,
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset version.")] = None,
+    optimize: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Let the exporter simplify.")] = True,
+    partial: Partial = False,
+    replay: Replay = True,
+    force: Force = False,
+) -> None:
+    """Write a model as ONNX."""
+    if output is None or output.suffix != ".onnx":
+        raise NormswapError("where to? Pass -o FILE.onnx")
+    check_output(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
+    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    example = _required(inputs, source, "export")
+    exported = source.model
+    if fold:
+        with _working("folding"):
+            exported = engine.plan_fold(exported, example_inputs=example).apply(inplace=True)
+    with _working(f"exporting to {output}"):
+        export_onnx(
+            exported, output, example, opset=opset, optimize=optimize, dynamic=dynamic_batch or None, force=force
+        )
+    _say(f"wrote {output}")

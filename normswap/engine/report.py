@@ -1,0 +1,22 @@
+"""What ``convert`` and ``fold``, which return only the model, say of the norms that stayed: by the logger ``normswap``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from normswap.engine.plan import Plan
+
+logger = logging.getLogger("normswap")
+
+
+def report(plan: Plan) -> None:
+    """Log the skips; warn when a plan changes nothing."""
+    for skip in plan.skips:
+        logger.info("%s: skipped %s (%s): %s", plan.operation, skip.name, skip.was, skip.reason)
+    if not plan.changes:
+        found = f"{len(plan.skips)} norms, none changed; first: {plan.skips[0].name}: {plan.skips[0].reason}"
+        message = found if plan.skips else "the model has no normalization"
+        warnings.warn(f"normswap, {plan.operation}: nothing changed ({message})", stacklevel=3)
+
+

@@ -1,0 +1,1 @@
+"""Folding as algebra: channel affines, the layers that absorb them, the operations they pass."""

@@ -1,0 +1,164 @@
+r"""Layer rules: how a linear layer absorbs a channel affine, on its output side or on its input side.
+
+For :math:`y = W x + b` with a kernel W:
+
+- output side, :math:`s\,y + t`: :math:`W \leftarrow s \cdot W` along the output channels, :math:`b \leftarrow s\,b + t`;
+- input side, :math:`W (s\,x + t) + b`: :math:`W \leftarrow W \cdot s` along the input channels, :math:`b \leftarrow b + \sum W t` over
+  input channels and kernel.
+
+The input side of a padded convolution sees the affine's shift in the interior but zeros in the padding, so it is exact only where
+:math:`t = 0`, nothing is padded, or the padding is made of data (reflect, replicate, circular). A transposed convolution spreads t
+unevenly over its output unless its kernel has one element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from normswap.errors import NormswapError
+from normswap.fold.affine import Affine
+
+Side = Literal["output", "input"]
+
+_PLAIN = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
+OWN_FORWARD: dict[str, type[nn.Module]] = {
+    "timm.layers.conv2d_same.Conv2dSame": nn.Conv2d,
+    "timm.layers.conv2d_same.Conv2dSameExport": nn.Conv2d,
+    "timm.layers.linear.Linear": nn.Linear,
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": nn.Linear,
+}
+"""Classes with a ``forward`` of their own that still computes the plain layer, on an input they may pad with zeros."""
+
+_SELF_PADDED = frozenset({"timm.layers.conv2d_same.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What folding needs to know of a linear layer."""
+
+    kind: Literal["conv", "transposed", "linear"]
+    spatial: int
+    """Number of spatial axes; 0 for a linear layer."""
+    inputs: int
+    outputs: int
+    groups: int
+    shift_reaches_evenly: bool
+    """Whether a constant on an input channel gives a constant on every output channel."""
+
+
+def describe(module: nn.Module) -> Layer | str:
+    """The layer a module computes, or the reason why it is not one that can absorb an affine."""
+    cls = type(module)
+    base = next((plain for plain in _PLAIN if isinstance(module, plain)), None)
+    if base is None:
+        return f"{cls.__name__} is not a layer that can absorb an affine"
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if "forward" in vars(module):
+        return f"{cls.__name__}'s forward was replaced on the instance"
+    if path not in OWN_FORWARD:
+        for parent in cls.__mro__:
+            if parent is base:
+                break
+            if path_of(parent) in OWN_FORWARD:
+                break
+            if any(name in vars(parent) for name in ("forward", "_conv_forward", "__call__")):
+                return f"{parent.__name__} has a forward of its own"
+    if isinstance(module, nn.Linear):
+        return Layer("linear", 0, module.in_features, module.out_features, 1, True)
+    assert isinstance(module, _ConvNd)
+    spatial = len(module.kernel_size)
+    transposed = isinstance(module, _ConvTransposeNd)
+    if transposed:
+        even = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and not _padded(module)
+        even = even and not any(module.output_padding)
+    else:
+        even = path not in _SELF_PADDED and (module.padding_mode != "zeros" or not _padded(module))
+    kind: Literal["conv", "transposed"] = "transposed" if transposed else "conv"
+    return Layer(kind, spatial, module.in_channels, module.out_channels, module.groups, even)
+
+
+def path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _padded(module: _ConvNd) -> bool:
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(size != 1 for size in module.kernel_size)
+    return any(amount != 0 for amount in module.padding)
+
+
+_CHUNK = 1 << 20  # elements of a kernel held in float64 at a time
+
+
+def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[], None]:
+    """Fold an affine into a layer's weight and bias, in place; returns what restores them, bit for bit.
+
+    Arithmetic is in float64, by parts of the kernel, cast once. Raises :class:`NormswapError` when a finite weight would
+    become non-finite, with the layer unchanged.
+    """
+    weight: nn.Parameter = module.weight
+    bias: nn.Parameter | None = module.bias
+    scale, shift = affine.scale.to(weight.device), affine.shift.to(weight.device)
+    with torch.no_grad():
+        new_weight = torch.empty_like(weight)
+        new_bias: Tensor = scale.new_zeros(layer.outputs) if bias is None else bias.double()
+        if side == "output":
+            new_bias = new_bias * scale + shift
+        rows = weight.shape[0]
+        step = max(1, _CHUNK * rows // max(1, weight.numel()))
+        for start in range(0, rows, step):
+            part = weight[start : start + step].double()
+            group = torch.arange(start, start + part.shape[0], device=weight.device) // (rows // layer.groups)
+            if side == "input":
+                new_bias = new_bias + _reached(part, group, layer, shift, start)
+            new_weight[start : start + step] = part * _factor(part, group, layer, scale, side, start)
+        cast_bias = new_bias.to(weight.dtype if bias is None else bias.dtype)
+        if not bool(new_weight.isfinite().all() and cast_bias.isfinite().all()) and bool(weight.isfinite().all()):
+            raise NormswapError(f"the folded values are not finite in {str(weight.dtype).removeprefix('torch.')}")
+        old_weight = weight.data
+        old_bias = None if bias is None else bias.data
+        weight.data = new_weight.detach()
+        if bias is not None:
+            bias.data = cast_bias
+        elif bool(cast_bias.any()):
+            module.bias = nn.Parameter(cast_bias, requires_grad=weight.requires_grad)
+
+    def restore() -> None:
+        weight.data = old_weight
+        if bias is not None and old_bias is not None:
+            bias.data = old_bias
+        else:
+            module.bias = None
+
+    return restore
+
+
+def _factor(part: Tensor, group: Tensor, layer: Layer, scale: Tensor, side: Side, start: int) -> Tensor:
+    """What some rows of a kernel are multiplied by: rows are outputs, or inputs in a transposed convolution."""
+    rows = part.shape[0]
+    if (side == "output") == (layer.kind != "transposed"):
+        factor = scale[start : start + rows, None]
+    else:
+        factor = scale.reshape(layer.groups, -1)[group]  # (rows, the other side's channels of the row's group)
+    return factor.reshape(*factor.shape, *[1] * layer.spatial)
+
+
+def _reached(part: Tensor, group: Tensor, layer: Layer, shift: Tensor, start: int) -> Tensor:
+    """What a constant ``shift`` on the inputs adds to the outputs, ``(outputs,)``, through some rows of the kernel."""
+    taps = part.flatten(2).sum(2) if layer.spatial else part
+    rows = part.shape[0]
+    if layer.kind == "transposed":
+        reached = shift.new_zeros(layer.groups, layer.outputs // layer.groups)
+        reached.index_add_(0, group, taps * shift[start : start + rows, None])
+        return reached.flatten()
+    reached = shift.new_zeros(layer.outputs)
+    reached[start : start + rows] = (taps * shift.reshape(layer.groups, -1)[group]).sum(1)
+    return reached

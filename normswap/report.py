@@ -1,0 +1,147 @@
+"""Results for a reader at a terminal: a table where there is one, aligned plain text in a pipe or a file.
+
+Nothing is printed here; the command line does that. JSON comes from the values themselves (``Plan.to_json``) and from
+:func:`site_record`, for they have no more than that to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from normswap.engine import Plan, Site
+from normswap.verify import Verification
+
+STYLES = {"exact": "green", "approximate": "yellow", "retrain": "magenta", "equivalent": "green", "NOT": "bold red"}
+"""By a cell's text, or by the first word of a line."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table; every row has one text for each column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def table(self) -> Table:
+        table = Table(title=Text(self.title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+        return table
+
+    def plain(self) -> Iterator[str]:
+        yield self.title
+        lines = (self.columns, *self.rows)
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        for line in lines:
+            yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sections and closing lines, which a rich console prints as tables; ``str()`` is the plain text."""
+
+    sections: tuple[Section, ...]
+    lines: tuple[str, ...] = ()
+    text: str | None = None
+    """Plain text that says the same, where the value reported has one of its own."""
+
+    def __str__(self) -> str:
+        if self.text is not None:
+            return self.text
+        parts = ["\n".join(section.plain()) for section in self.sections if section.rows]
+        return "\n\n".join([*parts, "\n".join(self.lines)] if self.lines else parts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for section in self.sections:
+            if section.rows:
+                yield section.table()
+        for line in self.lines:
+            yield Text(line, style=STYLES.get(line.partition(" ")[0], ""))
+
+
+def show(report: Report, console: Console) -> None:
+    """Print ``report`` to ``console`` in the form that suits it."""
+    if console.is_terminal:
+        console.print(report)
+    else:
+        console.out(str(report), highlight=False)
+
+
+def sites_report(sites: Sequence[Site]) -> Report:
+    """Every normalization of a model: name, what it computes (or why that is not known), input shapes seen."""
+    if not sites:
+        return Report((), ("no normalization found",))
+    rows = tuple((_names(s.name, s.aliases), str(s.norm) if s.norm else "?", _shapes(s), s.reason or "") for s in sites)
+    kinds = Counter(site.norm.kind if site.norm else "unknown" for site in sites)
+    section = _without_empty("Normalizations", ("name", "computes", "input", "left as it is, for"), rows)
+    return Report((section,), (f"{len(sites)} found: {_counted(kinds)}",))
+
+
+def plan_report(plan: Plan) -> Report:
+    """What a plan changes and at what price, what it leaves and why."""
+    changes = tuple(
+        (
+            _names(change.name, change.aliases),
+            str(change.source),
+            "(nothing)" if change.target is None else str(change.target),
+            change.exactness,
+            "; ".join([*(f"loses {item}" for item in change.lost), *change.notes]),
+        )
+        for change in plan.changes
+    )
+    skips = tuple((_names(skip.name, skip.aliases), skip.was, skip.reason) for skip in plan.skips)
+    kinds: Counter[str] = Counter(change.exactness for change in plan.changes)
+    summary = f"{len(changes)} to change" + (f" ({_counted(kinds)})" if changes else "") + f", {len(skips)} skipped"
+    return Report(
+        (
+            _without_empty("Changes", ("name", "was", "becomes", "exactness", "notes"), changes),
+            Section("Skipped", ("name", "is", "reason"), skips),
+        ),
+        (*(f"note: {note}" for note in plan.notes), summary),
+        text=str(plan),
+    )
+
+
+def verification_report(verification: Verification) -> Report:
+    return Report((), tuple(str(verification).splitlines()))
+
+
+def site_record(site: Site) -> dict[str, object]:
+    """A site as JSON-able values; ``shapes`` is null without an observed run."""
+    return {
+        "name": site.name,
+        "aliases": list(site.aliases),
+        "kind": site.norm.kind if site.norm else None,
+        "computes": str(site.norm) if site.norm else None,
+        "channels": site.norm.channels if site.norm else None,
+        "reason": site.reason,
+        "evidence": site.evidence,
+        "shapes": None if site.shapes is None else [list(shape) for shape in site.shapes],
+    }
+
+
+def _without_empty(title: str, columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Section:
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return Section(title, tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows))
+
+
+def _names(name: str, aliases: Iterable[str]) -> str:
+    return " = ".join([name or "(root)", *aliases])
+
+
+def _shapes(site: Site) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(site.shapes or ()))
+
+
+def _counted(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
