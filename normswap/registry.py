@@ -103,6 +103,11 @@ def _found(module: nn.Module) -> tuple[Reader | None, type | None]:
     return _lookup(cls)
 
 
+def reader_of(cls: type) -> Reader | None:
+    """The reader of a class, its own or that of the nearest class it derives from."""
+    return _lookup(cls)[0]
+
+
 def overridden(module: nn.Module) -> str | None:
     """Why a module of a registered class is not taken for it (a ``forward`` of its own), or ``None``."""
     base = _found(module)[1]
@@ -147,20 +152,25 @@ def kinds() -> tuple[str, ...]:
 def builder(kind: str) -> Builder:
     """The builder of ``kind``; raises :class:`NormswapError` that lists the kinds when there is none."""
     _load()
-    if kind not in _builders:
+    if not isinstance(kind, str) or kind not in _builders:
         raise NormswapError(f"unknown kind {kind!r}; the kinds are: {', '.join(kinds())}")
     return _builders[kind]
 
 
+@cache
+def _signature(function: Builder) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 def options(kind: str) -> Mapping[str, inspect.Parameter]:
     """The options of a kind's builder by name, without ``init``."""
-    parameters = inspect.signature(builder(kind)).parameters
+    parameters = _signature(builder(kind)).parameters
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     return {name: p for name, p in parameters.items() if p.kind is keyword_only and name != "init"}
 
 
 def takes_init(kind: str) -> bool:
-    return "init" in inspect.signature(builder(kind)).parameters
+    return "init" in _signature(builder(kind)).parameters
 
 
 def check_options(kind: str, given: Mapping[str, object]) -> None:

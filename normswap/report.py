@@ -93,7 +93,7 @@ def plan_report(plan: Plan) -> Report:
         (
             _names(change.name, change.aliases),
             str(change.source),
-            "(nothing)" if change.target is None else str(change.target),
+            change.becomes,
             change.exactness,
             "; ".join([*(f"loses {item}" for item in change.lost), *change.notes]),
         )

@@ -44,31 +44,44 @@ def build(norm: Norm, kind: str, options: dict[str, Any], init: str) -> nn.Modul
     return registry.builder(kind)(fresh(norm) if init == "reset" else norm, **options, **extra)
 
 
-def carry(source: nn.Module, built: nn.Module, norm: Norm, home: nn.Module | None = None) -> Callable[[], None]:
+def carry(
+    source: nn.Module, built: nn.Module, norm: Norm, home: nn.Module | None = None
+) -> Callable[[], Callable[[], None]]:
     """Give ``built`` what ``source`` had: flags, followers, parametrizations, other children and attributes; in place.
 
-    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the hooks over, to be
-    called once nothing can fail any more.
+    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the hooks
+    over at the swap, which returns what hands them back.
     """
     _place(built, norm, home)
     _flags(built, norm)
     built.training = source.training
     children = {name: child for name, child in source._modules.items() if child is not None}
-    followers = {name: child for name, child in children.items() if any(child is module for module in norm.then)}
-    _parametrizations(source, built)
+    names = {id(child): name for name, child in children.items()}
+    followers = {names.get(id(module), f"then_{index}"): module for index, module in enumerate(norm.then)}
     for name, child in children.items():
         if name not in followers and name != "parametrizations" and not hasattr(built, name):
             built.add_module(name, child)
     _other_tensors(source, built, norm)
+    built._non_persistent_buffers_set |= source._non_persistent_buffers_set & built._buffers.keys()
+    _computed(source, built)
     _attributes(source, built)
     follow(built, followers)
+    _parametrizations(source, built)
 
-    def hand_over_hooks() -> None:
+    def hand_over_hooks() -> Callable[[], None]:
+        wrapped: list[tuple[_WrappedHook, Any]] = []
         for name in _HOOKS:
             vars(built)[name] = hooks = vars(source)[name]
             for hook in hooks.values() if isinstance(hooks, dict) else ():
                 if isinstance(hook, _WrappedHook) and hook.with_module:
+                    wrapped.append((hook, hook.module))
                     hook.module = weakref.ref(built)
+
+        def hand_back() -> None:
+            for hook, module in wrapped:
+                hook.module = module
+
+        return hand_back
 
     return hand_over_hooks
 
@@ -114,10 +127,26 @@ def _other_tensors(source: nn.Module, built: nn.Module, norm: Norm) -> None:
             built.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
 
 
+def _computed(source: nn.Module, built: nn.Module) -> None:
+    """A plain tensor attribute in a parameter's place, which a hook computes before each call (pruning), stays one."""
+    for name in _TENSOR_NAMES & vars(source).keys():
+        for table in (built._parameters, built._buffers):
+            if table.pop(name, None) is not None:
+                setattr(built, name, vars(source)[name])
+
+
 def _attributes(source: nn.Module, built: nn.Module) -> None:
     """Plain attributes that somebody set on the norm (a quantization config, a tag), not those of its class."""
-    constants = {name for cls in type(source).__mro__ for name in getattr(cls, "__constants__", ())}
+    classes = type(source).__mro__
+    constants = {name for cls in classes for name in getattr(cls, "__constants__", ())}
+    private = {name for cls in classes if "__init__" in vars(cls) for name in _names_in(vars(cls)["__init__"])}
     for name, value in vars(source).items():
         known = name in _INTERNAL or name in constants or name in _TENSOR_NAMES or name in ("followers", "lifted_norms")
-        if not known and not name.startswith("_") and not hasattr(built, name) and name != "forward":
+        known = known or (name.startswith("_") and name in private)
+        if not known and not hasattr(built, name) and name != "forward":
             setattr(built, name, value)
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    code = getattr(function, "__code__", None)
+    return () if code is None else code.co_names

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from torch import nn
+from torch import fx, nn
 
 from normswap import registry
 from normswap.engine import guards
@@ -81,11 +81,7 @@ def plan_convert(
         raise NormswapError(f"init={init!r}; it is one of: {', '.join(INITS)}")
     observation = None if example_inputs is None else observe(model, example_inputs)
     sites = survey(references(model), observation)
-    for name, selector in (("where", where), ("skip", skip)):
-        if sites and (globs := unmatched(selector, sites)):
-            raise NormswapError(
-                f"{name}: no norm is called {', '.join(map(repr, globs))}; the first is {sites[0].name!r}"
-            )
+    check_globs(sites, where=where, skip=skip)
     dataflow = _Dataflow(model)
     plan = Plan(model, f"convert to {to}", [], [], guards.wrapper_notes(model), apply_changes)
     for site in sites:
@@ -127,11 +123,15 @@ def convert(
 def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflow: _Dataflow) -> Change | str:
     assert site.norm is not None
     norm = site.norm
+    if norm.kind == to and not options and init != "reset":
+        return f"it already is {norm}"
     ranks = {len(shape) for shape in site.shapes or () if shape}
     evidence = Evidence()
     if ranks:
         if norm.channel_axis == 1 and any(shape[1] != norm.channels for shape in site.shapes or () if len(shape) > 1):
             return f"its input {site.shapes and site.shapes[0]} does not have its {norm.channels} channels on axis 1"
+        if norm.ranks is not None and not ranks <= norm.ranks:
+            return f"its input {site.shapes and site.shapes[0]} has no batch axis, or more axes than the norm takes"
         norm = replace(norm, ranks=frozenset(ranks))
     elif norm.channel_axis == 1 and (norm.ranks is None or len(norm.ranks) > 1 or to == "instance"):
         evidence = dataflow.of(site, norm.channels)
@@ -148,11 +148,12 @@ def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflo
     outcome = "retrain" if init == "reset" else exactness(norm, target)
     if norm.kind == target.kind and outcome == "exact":
         return f"it already is {target}"
-    if init == "preserve" and outcome != "exact":
+    if init == "preserve" and outcome != "exact" and not registry.takes_init(to):
         return f"{to} cannot compute the same as {norm} (init='preserve')"
-    if site.shapes is None and not evidence.single and "channel" not in target.pools and "batch" not in target.pools:
+    if not any(site.shapes or ()) and guards.elements(target, None, Evidence(single=True)) == 1:
         evidence = dataflow.of(site, norm.channels)
-    reason = guards.single_element(target, site.shapes, evidence) or guards.child_reads(site, built, outcome == "exact")
+    fewest = guards.elements(target, site.shapes, evidence)
+    reason = guards.single_element(target, fewest) or guards.child_reads(site, built, outcome == "exact")
     if reason is not None:
         return reason
     return Change(
@@ -163,7 +164,7 @@ def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflo
         to=to,
         aliases=site.aliases,
         lost=lost(norm, target),
-        notes=_notes(site, norm, target, init),
+        notes=_notes(site, norm, target, init, fewest),
         evidence=site.evidence,
         functional=site.functional,
         options=settled,
@@ -197,8 +198,10 @@ def lost(norm: Norm, target: Norm) -> tuple[str, ...]:
     return tuple(gone)
 
 
-def _notes(site: Site, norm: Norm, target: Norm, init: Init) -> tuple[str, ...]:
+def _notes(site: Site, norm: Norm, target: Norm, init: Init, fewest: int | None) -> tuple[str, ...]:
     notes = []
+    if fewest is not None and fewest < guards.FEW:
+        notes.append(f"its moments run over only {fewest} elements, which keep little of the data: take fewer groups")
     if init == "reset":
         notes.append("affine and statistics start afresh")
     elif target.has_statistics and not norm.has_statistics:
@@ -207,6 +210,8 @@ def _notes(site: Site, norm: Norm, target: Norm, init: Init) -> tuple[str, ...]:
         notes.append("trainable again")
     if not site.functional and guards.has_fast_path(site) and target.kind != "layer":
         notes.append(guards.FAST_PATH_NOTE)
+    if site.functional and not isinstance(site.module, fx.GraphModule):
+        notes.append("its forward is generated from a trace: Python branches and optional arguments are fixed")
     if site.shapes == ():
         notes.append("did not run on example_inputs")
     return tuple(notes)
@@ -219,7 +224,7 @@ class _Prepared:
     change: Change
     reference: Reference
     built: nn.Module
-    hand_over: Callable[[], None]
+    hand_over: Callable[[], Callable[[], None]]
 
 
 def apply_changes(model: nn.Module, changes: Sequence[Change]) -> tuple[nn.Module, Callable[[], None]]:
@@ -276,13 +281,13 @@ def _fitting(norm: Norm, change: Change) -> Norm:
 def _swap(item: _Prepared) -> Callable[[], None]:
     old, slots = item.reference.module, item.reference.slots
     done: list[Slot] = []
-    restore_fast_path: Callable[[], None] | None = None
+    others: list[Callable[[], None]] = []
 
     def undo() -> None:
         for slot in reversed(done):
             slot.put(old)
-        if restore_fast_path is not None:
-            restore_fast_path()
+        for restore in others:
+            restore()
 
     try:
         for slot in slots:
@@ -290,7 +295,8 @@ def _swap(item: _Prepared) -> Callable[[], None]:
             done.append(slot)
         if item.change.target.kind != "layer" or item.change.exactness != "exact":
             restore_fast_path, _ = guards.fast_paths(tuple(item.reference.parents))
-        item.hand_over()
+            others.extend([restore_fast_path] if restore_fast_path is not None else [])
+        others.append(item.hand_over())
     except BaseException:
         undo()
         raise

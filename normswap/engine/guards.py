@@ -13,20 +13,30 @@ from normswap.graph.evidence import Evidence
 from normswap.graph.reach import reach
 from normswap.spec import Norm
 
+FEW = 8
+"""Moments over fewer elements than this leave little of the data: of two elements, only which one is greater."""
 
-def single_element(target: Norm, shapes: tuple[tuple[int, ...], ...] | None, evidence: Evidence) -> str | None:
-    """Why the new norm's moments would run over one element, which it would map to zero (or to its sign); or ``None``."""
+
+def elements(target: Norm, shapes: tuple[tuple[int, ...], ...] | None, evidence: Evidence) -> int | None:
+    """The fewest elements that the new norm's moments run over; ``None`` where that is not known or does not matter."""
     if target.has_statistics or target.gates is not None or not target.pools or target.shape is not None:
         return None
-    inside = target.channels_per_group if "channel" in target.pools else 1
-    if inside > 1 or "batch" in target.pools:
+    if "batch" in target.pools:
         return None
-    for shape in shapes or ():
-        if prod(shape[2:]) == 1:
-            return f"on its input {shape} {target.kind} would normalize single elements, which wipes the data"
-    if not shapes and (evidence.single or evidence.rank == 2):
-        return f"its input has one position, so {target.kind} would normalize single elements, which wipes the data"
-    return None
+    inside = target.channels_per_group if "channel" in target.pools else 1
+    if "space" not in target.pools:
+        return inside
+    seen = [inside * prod(shape[2:]) for shape in shapes or () if len(shape) > 1]
+    if seen:
+        return min(seen)
+    return inside if evidence.single or evidence.rank == 2 else None
+
+
+def single_element(target: Norm, fewest: int | None) -> str | None:
+    """Why the new norm would map its input to zero, or to its sign: its moments run over one element; or ``None``."""
+    if fewest != 1:
+        return None
+    return f"{target.kind} would normalize single elements here, which wipes the data"
 
 
 def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:

@@ -54,7 +54,16 @@ def remap(
         if owner is not None and owner in homes:
             optimizer.param_groups[homes[owner]]["params"].append(parameter)
             added += 1
+    _rename(optimizer, model)
     return Remapped(kept, dropped, added)
+
+
+def _rename(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """The names in an optimizer that was made from ``named_parameters()``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        if "param_names" in group:
+            group["param_names"] = [names.get(id(parameter), "") for parameter in group["params"]]
 
 
 def _norm_parameters(changes: Sequence[Change], twins: dict[int, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:

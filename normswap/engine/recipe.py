@@ -10,7 +10,7 @@ from torch import nn
 
 from normswap import registry
 from normswap.engine.carry import build
-from normswap.engine.convert import apply_changes, describe
+from normswap.engine.convert import INITS, apply_changes, describe
 from normswap.engine.plan import RECIPE_VERSION, Change, copy_model
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
@@ -39,10 +39,33 @@ def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         raise NormswapError(
             f"recipe format {recipe['format']!r} is not {RECIPE_VERSION}: it was written by another version"
         )
-    for index, step in enumerate(recipe["steps"]):
-        if not isinstance(step, Mapping) or not {"name", "source", "to", "options", "init"} <= step.keys():
-            raise NormswapError(f"step {index} of the recipe is malformed: it needs name, source, to, options and init")
-    return list(recipe["steps"])
+    steps = recipe["steps"]
+    if not isinstance(steps, (list, tuple)):
+        raise NormswapError(f"the recipe's 'steps' must be a list, not {type(steps).__name__}")
+    names = set()
+    for index, step in enumerate(steps):
+        if not _well_formed(step):
+            raise NormswapError(
+                f"step {index} of the recipe is malformed: it needs name, source (kind, channels), to, options, init, ranks"
+            )
+        if step["name"] in names:
+            raise NormswapError(f"step {index} of the recipe changes {step['name']!r} a second time")
+        names.add(step["name"])
+    return list(steps)
+
+
+def _well_formed(step: Any) -> bool:
+    if not isinstance(step, Mapping) or not {"name", "source", "to", "options", "init"} <= step.keys():
+        return False
+    source, ranks = step["source"], step.get("ranks")
+    return (
+        isinstance(source, Mapping)
+        and {"kind", "channels"} <= source.keys()
+        and isinstance(step["name"], str)
+        and isinstance(step["options"], Mapping)
+        and step["init"] in INITS
+        and (ranks is None or (isinstance(ranks, (list, tuple)) and all(isinstance(rank, int) for rank in ranks)))
+    )
 
 
 def _change(step: Mapping[str, Any], sites: Mapping[str, Site]) -> Change:

@@ -15,8 +15,10 @@ def report(plan: Plan) -> None:
     for skip in plan.skips:
         logger.info("%s: skipped %s (%s): %s", plan.operation, skip.name, skip.was, skip.reason)
     if not plan.changes:
-        found = f"{len(plan.skips)} norms, none changed; first: {plan.skips[0].name}: {plan.skips[0].reason}"
-        message = found if plan.skips else "the model has no normalization"
+        message = "the model has no normalization"
+        if plan.skips:
+            first = plan.skips[0]
+            message = f"{len(plan.skips)} norms, none changed; first: {first.name or 'the model'}: {first.reason}"
         warnings.warn(f"normswap, {plan.operation}: nothing changed ({message})", stacklevel=3)
 
 

@@ -16,18 +16,21 @@ def matches(selector: Selector, site: Site) -> bool:
     """Whether a site is meant. Raises :class:`NormswapError` for a selector of another type."""
     if callable(selector):
         return site.norm is not None and bool(selector(site.name, site.norm))
+    return any(fnmatchcase(name, glob) for glob in _globs(selector) for name in (site.name, *site.aliases))
+
+
+def _globs(selector: Selector) -> list[str]:
+    if selector is None or callable(selector):
+        return []
     globs = [selector] if isinstance(selector, str) else selector
     if not isinstance(globs, (list, tuple, set, frozenset)) or not all(isinstance(glob, str) for glob in globs):
         raise NormswapError(f"where and skip take a glob, a list of globs or f(name, norm); got {selector!r}")
-    return any(fnmatchcase(name, glob) for glob in globs for name in (site.name, *site.aliases))
+    return list(globs)
 
 
 def unmatched(selector: Selector, sites: Sequence[Site]) -> list[str]:
     """The globs that match no norm: most likely a slip."""
-    if selector is None or callable(selector):
-        return []
-    globs = [selector] if isinstance(selector, str) else list(selector)
-    return [glob for glob in globs if not any(matches(glob, site) for site in sites)]
+    return [glob for glob in _globs(selector) if not any(matches(glob, site) for site in sites)]
 
 
 def check_globs(sites: Sequence[Site], **selectors: Selector) -> None:

@@ -56,7 +56,9 @@ def input_evidence(region: Region, node: fx.Node, channels: int) -> Evidence:
         if source.target in _FLATTEN and _flattens_all(source):
             return Evidence(rank or 2, single=True)
         if (source.op == "call_method" and source.target == "mean") or source.target is torch.mean:
-            return Evidence(rank, bool(source.kwargs.get("keepdim")) and _spatial(source))
+            if not _spatial(source):
+                return Evidence(rank)
+            return Evidence(rank if source.kwargs.get("keepdim") else 2, single=True)
         if isinstance(module, nn.Linear):
             return Evidence(2, single=True) if rank is None and module.out_features == channels else Evidence(rank)
         if isinstance(module, _ConvNd):
@@ -81,7 +83,7 @@ def _of_name(module: nn.Module) -> int | None:
 
 
 def _is_one(size: Any) -> bool:
-    return size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1})
+    return bool(size == 1 or (isinstance(size, (tuple, list)) and set(size) == {1}))
 
 
 def _flattens_all(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -120,14 +121,16 @@ def _holder(module: nn.Module, paths: dict[str, str], taken: set[str]) -> str | 
 
 
 def _name(module: nn.Module, node: fx.Node, taken: set[str]) -> str:
+    base = _label(node)
+    return next(
+        name for i in count() if (name := f"{base}_{i}" if i else base) not in taken and not hasattr(module, name)
+    )
+
+
+def _label(node: fx.Node) -> str:
     target = node.target
-    base = target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "norm")
-    base = base.rpartition("::")[2]
-    name, count = base, 0
-    while name in taken or hasattr(module, name):
-        count += 1
-        name = f"{base}_{count}"
-    return name
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "norm")
+    return str(name).rpartition("::")[2]
 
 
 def _only_holds(module: nn.Module, parent: str, paths: dict[str, str]) -> bool:
@@ -139,7 +142,7 @@ def _only_holds(module: nn.Module, parent: str, paths: dict[str, str]) -> bool:
 def _read(module: nn.Module, nodes: dict[bool, fx.Node], paths: dict[str, str]) -> Norm:
     node = nodes[False]
     if is_other(node.target):
-        raise Refusal(f"{node.target} returns its statistics too, which the code around it uses")
+        raise Refusal(f"{_label(node)} returns its statistics too, which the code around it uses")
     signature, given = arguments(node.target, node.args, node.kwargs)
     _, train = arguments(node.target, nodes[True].args, nodes[True].kwargs)
     tensors: dict[str, Tensor | None] = {}
@@ -219,19 +222,18 @@ class _Before:
         self.graph = module.graph if isinstance(module, fx.GraphModule) else None
         tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.saved = [
-            (m, m.__class__, {t: copy.copy(vars(m)[t]) for t in tables}, "lifted_norms" in vars(m))
-            for m in module.modules()
+            (m, m.__class__, dict(vars(m)), {t: copy.copy(vars(m)[t]) for t in tables}) for m in module.modules()
         ]
 
     def restore(self) -> None:
-        for module, cls, tables, lifted in self.saved:
+        for module, cls, attributes, tables in self.saved:
             module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
             for name, table in tables.items():
                 current = vars(module)[name]
                 current.clear()
                 current.update(table)
-            if not lifted:
-                vars(module).pop("lifted_norms", None)
         if self.graph is not None:
             root: Any = self.saved[0][0]
             root.graph = self.graph
@@ -244,12 +246,12 @@ def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
         graphs = {False: copy.deepcopy(module.graph)}
     else:
         graphs = {mode: copy.deepcopy(graph) for mode, graph in forward.graphs.items()}
+        _keep_constants(module, graphs, forward.constants)
     for mode, graph in graphs.items():
         nodes = {node.name: node for node in graph.nodes}
         for call in calls:
             _replace(graph, nodes[call.nodes[mode].name], call.name)
-        if not isinstance(module, fx.GraphModule):
-            _drop_counters(graph)
+        _drop_counters(graph, None if not isinstance(module, fx.GraphModule) else {call.name for call in calls})
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
@@ -270,6 +272,20 @@ def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
     module.lifted_norms = tuple(call.name for call in calls)  # type: ignore[assignment]
 
 
+def _keep_constants(
+    module: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[bool, dict[str, Tensor]]
+) -> None:
+    """Give the module the tensors that its ``forward`` made in Python, as plain attributes."""
+    for mode, graph in graphs.items():
+        names: dict[Any, str] = {}
+        for old, tensor in constants[mode].items():
+            names[old] = next(name for i in count() if not hasattr(module, name := f"_tensor_constant{i}"))
+            setattr(module, names[old], tensor)
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                node.target = names.get(node.target, node.target)
+
+
 def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
     _, given = arguments(node.target, node.args, node.kwargs)
     with graph.inserting_before(node):
@@ -279,12 +295,16 @@ def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
     graph.erase_node(node)
 
 
-def _drop_counters(graph: fx.Graph) -> None:
-    """A norm's batch counter: ``self.num_batches_tracked.add_(1)``, which the new module counts itself."""
+_ADDS: tuple[Any, ...] = ("add_", torch.ops.aten.add_.Tensor)
+
+
+def _drop_counters(graph: fx.Graph, holders: set[str] | None) -> None:
+    """A norm's batch counter, ``num_batches_tracked.add_(1)``, goes: the new module counts itself; only in ``holders``."""
     for node in reversed(graph.nodes):
-        if node.op == "call_method" and node.target == "add_" and not node.users:
+        if node.target in _ADDS and not node.users:
             source = node.args[0]
-            if isinstance(source, fx.Node) and str(source.target).rpartition(".")[2] == "num_batches_tracked":
+            holder, _, attribute = str(source.target if isinstance(source, fx.Node) else "").rpartition(".")
+            if attribute == "num_batches_tracked" and (holders is None or holder in holders):
                 graph.erase_node(node)
 
 
@@ -321,7 +341,7 @@ class Lifted:
     lifted_sources: tuple[Source, ...]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.lifted_base, self.lifted_sources), self.__dict__
+        return _empty, (self.lifted_base, self.lifted_sources), self.__getstate__()
 
 
 def _lifted_class(base: type[nn.Module], sources: tuple[Source, ...]) -> type[nn.Module]:

@@ -48,12 +48,21 @@ def reach(module: nn.Module) -> Reach:
     if isinstance(module, fx.GraphModule):
         return Reach({"graph"} if any(is_norm_function(node.target) for node in module.graph.nodes) else set())
     found = Reach()
+    if is_compiled_wrapper(module):
+        return found
     cls: Any = type(module)
     found.update(_of_class(cls))
     for value in vars(module).values():
+        if isinstance(value, types.MethodType) and value.__self__ is not module:
+            continue  # the code of another object
         if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)):
             found.update(_of_value(value, cls, set(), 4))
     return found
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returns, which keeps the ``__call__`` of its ``_orig_mod``."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 @cache
@@ -128,11 +137,13 @@ def _of_code(
     code: types.CodeType, names: dict[str, Any], cells: dict[str, Any], cls: type, seen: set[Any], depth: int
 ) -> Reach:
     found = Reach()
+    this = code.co_varnames[0] if code.co_argcount else None
+    if this in code.co_cellvars:  # a comprehension or an inner function uses self
+        cells = {**cells, this: _SELF}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             found.update(_of_code(constant, names, cells, cls, seen, depth))
     imports = any(instruction.opname == "IMPORT_NAME" for instruction in dis.get_instructions(code))
-    this = code.co_varnames[0] if code.co_argcount else None
     current: Any = None  # the object on top of the stack, as far as it is known
     child: str | None = None  # the attribute of self that is on top of the stack
     super_pending = False

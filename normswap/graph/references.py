@@ -17,8 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.graph.reach import is_compiled_wrapper
+
 _INTERNAL = frozenset(vars(nn.Module()))
 _DEPTH = 3
+_HOLDS_NOTHING = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def references(model: nn.Module) -> dict[int, Reference]:
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Slot, nn.Module]]:
     for key, value in vars(module).items():
-        if key not in _INTERNAL:
+        if key not in _INTERNAL and type(value) not in _HOLDS_NOTHING:
             yield from _nested(key, Slot(vars(module), key), value, _DEPTH)
 
 
@@ -112,6 +115,8 @@ def _nested(name: str, slot: Slot, value: Any, depth: int) -> Iterator[tuple[str
     elif depth and isinstance(value, (list, dict, tuple, deque)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
+            if type(item) in _HOLDS_NOTHING:
+                continue
             inner = Slot(None, key, slot) if isinstance(value, tuple) else Slot(value, key)
             yield from _nested(f"{name}.{key}", inner, item, depth - 1)
 
@@ -120,7 +125,7 @@ def _captured(module: nn.Module) -> Iterator[nn.Module]:
     if is_compiled_wrapper(module):
         yield from module.children()
     for key, value in vars(module).items():
-        if key not in _INTERNAL and not isinstance(value, nn.Module):
+        if key not in _INTERNAL and type(value) not in _HOLDS_NOTHING and not isinstance(value, nn.Module):
             yield from (held for held in _held(value, _DEPTH) if held is not module)
 
 
@@ -130,7 +135,7 @@ def _held(value: Any, depth: int, fixed: bool = False) -> Iterator[nn.Module]:
         if fixed:
             yield value
         return
-    if not depth or isinstance(value, (type, str, bytes, int, float, Tensor)) or value is None:
+    if not depth or type(value) in _HOLDS_NOTHING or isinstance(value, (type, Tensor)):
         return
     if isinstance(value, (list, tuple, deque)):
         items = list(value)
@@ -161,8 +166,3 @@ def _inside(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(getattr(value, "__dict__", None), dict):
         yield from vars(value).values()
-
-
-def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether a module is what ``torch.compile`` returns: it keeps its module's ``__call__`` besides the child slot."""
-    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules

@@ -66,7 +66,11 @@ def position(axis: int, shape: Shape | None) -> int | None:
 class _Recorder(fx.Interpreter):
     def __init__(self, region: Region) -> None:
         super().__init__(region.module, graph=region.graph)
+        self.constants = region.constants
         self.values: dict[fx.Node, Value] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.constants[target] if target in self.constants else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -110,8 +114,8 @@ def inferred(region: Region) -> dict[fx.Node, Value]:
 
 def _infer(region: Region, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     if node.op == "get_attr":
-        value: Any = region.module
-        for part in str(node.target).split("."):
+        value: Any = region.constants.get(str(node.target), region.module)
+        for part in () if value is not region.module else str(node.target).split("."):
             value = getattr(value, part)
         return tuple(value.shape) if isinstance(value, Tensor) else None
     if node.op == "call_module":

@@ -138,10 +138,7 @@ class RegionTracer(fx.Tracer):
         named = {p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
         positional = [values[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY]
 
-        def run(*args: Any) -> Any:
-            return root_fn(*args, **named)
-
-        return run, [self.root, *positional]
+        return (lambda *args: root_fn(*args, **named)), [self.root, *positional]
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
@@ -155,8 +152,11 @@ class RegionTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def _modes() -> tuple[bool, ...]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+def _modes() -> tuple[bool, int]:
+    """Whether gradients are on, and how many autocast blocks are open, those that switch it off too."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), depth
 
 
 def _literal(value: Any) -> bool:
@@ -168,6 +168,8 @@ def _literal(value: Any) -> bool:
 
 def check_default(given: Any, default: Any, name: str) -> None:
     """Called in a generated ``forward``, which holds for the default of an optional argument only."""
+    if isinstance(given, fx.Proxy):
+        return
     if isinstance(given, Tensor) or given != default:
         shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
         raise NormswapError(

@@ -158,8 +158,8 @@ def _source(norm: Norm) -> int:
 @builds("switchable")
 def build(norm: Norm, *, gate_gap: float = GATE_GAP, init: Literal["copy", "preserve", "reset"] = "copy") -> nn.Module:
     channels_first(norm, "switchable")
-    if not gate_gap >= 0:
-        raise NormswapError(f"gate_gap={gate_gap!r}: it must be at least 0")
+    if not isinstance(gate_gap, (int, float)) or not gate_gap >= 0:
+        raise NormswapError(f"gate_gap={gate_gap!r}: it must be a number of at least 0")
     classes: dict[int, type[SwitchableNorm]] = {1: SwitchableNorm1d, 2: SwitchableNorm2d, 3: SwitchableNorm3d}
     cls = classes.get(dimensions(norm) or 0, SwitchableNorm)
     module = cls(0, eps_of(norm), norm.momentum if "batch" in norm.pools else 0.1)

@@ -25,7 +25,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that trains on any torch.distributed backend and device."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and _world_size(self.process_group) > 1 and input.device.type == "cpu"):
+        if not (self.training and _initialized() and input.device.type == "cpu"):
             return super().forward(input)
         self._check_input_dim(input)
         return self._synchronised(input)
@@ -64,8 +64,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var), momentum)
 
 
-def _world_size(group: Any) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @reads(nn.SyncBatchNorm)

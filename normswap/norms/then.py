@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
-from normswap.registry import read, reads
+from normswap.registry import reader_of, reads
 from normswap.spec import Norm
 
 
@@ -21,6 +21,7 @@ class Followed:
     """Mix-in: after the base class's ``forward``, the submodules named in ``followers`` run in order."""
 
     followers: tuple[str, ...]
+    followed_base: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -29,7 +30,7 @@ class Followed:
         return out  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (type(self).__mro__[2],), self.__dict__
+        return _empty, (self.followed_base,), self.__getstate__()
 
 
 def _empty(base: Any) -> Any:
@@ -39,16 +40,17 @@ def _empty(base: Any) -> Any:
 
 @cache
 def followed_class(base: Any) -> Any:
-    cls: Any = type(f"{base.__name__}Act", (Followed, base), {"__module__": __name__, "__doc__": base.__doc__})
-    reads(cls)(_read)
+    members = {"__module__": __name__, "__doc__": base.__doc__, "followed_base": base}
+    cls: Any = type(f"{base.__name__}Act", (Followed, base), members)
+    if reader_of(base) is not None:
+        reads(cls)(_read)
     return cls
 
 
 def _read(module: Any) -> Norm:
-    base: Any = type(module).__mro__[2]
-    plain = base.__new__(base)
-    plain.__dict__.update(module.__dict__)
-    return replace(read(plain), then=tuple(module._modules[name] for name in module.followers))
+    read = reader_of(module.followed_base)
+    assert read is not None
+    return replace(read(module), then=tuple(module._modules[name] for name in module.followers))
 
 
 def follow(module: nn.Module, then: dict[str, nn.Module]) -> nn.Module:

@@ -1,7 +1,8 @@
 """Schemas of torchvision's C++ operators.
 
-PyPI's torchvision is built against CUDA torch: beside a CPU torch its operators do not load, and ``import torchvision`` fails for want of
-their schemas. Declaring them lets it import; detection models then build and run up to non-maximum suppression.
+PyPI's torchvision is built against CUDA torch: beside a CPU torch its operators do not load, and ``import torchvision``
+fails for want of their schemas. Declaring them lets it import; detection models then build and run up to non-maximum
+suppression.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import torch
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, int sampling_ratio, "
-    "bool aligned) -> Tensor",
+    "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
+    "int sampling_ratio, bool aligned) -> Tensor",
 )
 _library = torch.library.Library("torchvision", "FRAGMENT")
 

@@ -35,6 +35,12 @@ def _norm(weight: Tensor | None, eps: float, channels: int) -> Norm:
     )
 
 
+def _without_hooks(module: nn.Module) -> nn.Module:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        hooks.clear()
+    return module
+
+
 def _offset(weight: Tensor) -> Tensor:
     return (weight.detach() + 1).requires_grad_(weight.requires_grad)
 
@@ -51,7 +57,7 @@ def rms(module: Any) -> Norm:
     if eps is None or not isinstance(weight, Tensor) or weight.dim() != 1 or others:
         raise Refusal(f"{type(module).__name__} is not a plain RMSNorm (one weight and an eps)")
     channels = weight.shape[0]
-    probe = copy.deepcopy(module).to_empty(device="cpu").float()
+    probe = _without_hooks(copy.deepcopy(module)).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(channels, generator=generator) + 0.5
     probe.weight = nn.Parameter(random)

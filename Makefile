@@ -1,0 +1,49 @@
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PACKAGE := --editable . --no-deps --no-build-isolation
+BASE := requirements/base.txt requirements/constraints.txt pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check zoo bench fuzz clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: requirements/demo.txt $(BASE) | $(VENV)/.created
+	$(PIP) --requirement $<
+	$(PIP) $(PACKAGE)
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/demo.txt $(BASE) | $(VENV)/.created
+	$(PIP) --requirement $<
+	$(PIP) $(PACKAGE)
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## train a small network, then inspect, convert, fold, export and verify it
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.test  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+zoo: $(VENV)/.test  ## convert the models of torchvision and timm, into docs/zoo.md
+	$(BIN)/python scripts/zoo.py
+
+bench: $(VENV)/.test  ## measure time and memory
+	$(BIN)/python scripts/bench.py convert
+
+fuzz: $(VENV)/.test  ## the property tests again, with new random cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-seed=random
+
+clean:  ## remove what the targets made, the environment too
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,505 @@
+"""The command line: what it writes, what it prints, its exit status, and one clear message for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import normswap
+from normswap import cli, registry
+from normswap.cli import app
+
+NET = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width=12, norms=True):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.first = nn.BatchNorm2d(width) if norms else nn.Identity()
+        self.body = nn.Sequential(nn.Conv2d(width, 8, 1), nn.BatchNorm2d(8) if norms else nn.Identity(), nn.ReLU())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.body(self.first(self.conv(x))).mean((2, 3)))
+
+
+def net(width=12):
+    return Net(width)
+
+
+def bare():
+    return Net(norms=False)
+
+
+def mixed():
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
+
+
+def chatty():
+    print("building")
+    return Net()
+
+
+def words():
+    return nn.Sequential(nn.Embedding(2, 6), nn.LayerNorm(6))
+
+
+def broken():
+    raise RuntimeError("out of cheese")
+
+
+def slow(flag):
+    Path(flag).touch()
+    time.sleep(60)
+
+
+def number():
+    return 7
+
+
+ready = net()
+answer = 42
+"""
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.3)
+        elif tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.4)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``net.py`` and checkpoints of ``net()``: ``net.pt``, ``net.safetensors``."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("cli")
+    (path / "cli_net.py").write_text(NET)
+    state = randomise(fresh(path)).state_dict()
+    torch.save(state, path / "net.pt")
+    save_file(state, path / "net.safetensors", metadata={"author": "me"})
+    return path
+
+
+def fresh(folder: Path, name: str = "net") -> nn.Module:
+    from normswap.arguments import build_model
+
+    return build_model(f"{folder}/cli_net.py:{name}", {})
+
+
+def loaded(folder: Path) -> nn.Module:
+    model = fresh(folder).eval()
+    model.load_state_dict(torch.load(folder / "net.pt", weights_only=True))
+    return model
+
+
+@pytest.fixture
+def run(folder: Path) -> Callable[..., Result]:
+    """Run the command line; ``callable`` in ``cli_net.py`` is the model."""
+
+    def run(command: str, *arguments: object, model: str = "net", status: int = 0) -> Result:
+        words = [command, "--model", f"{folder}/cli_net.py:{model}", *map(str, arguments)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == status, (result.stdout, result.stderr, result.exception)
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"normswap {normswap.__version__}\n")
+
+
+def test_help_lists_the_kinds_of_the_registry() -> None:
+    result = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "300"})
+    assert ", ".join(registry.kinds()) in result.stdout
+
+
+class TestInspect:
+    def test_table(self, run: Callable[..., Result], folder: Path) -> None:
+        result = run("inspect", folder / "net.pt")
+        assert "first" in result.stdout
+        assert "body.1" in result.stdout
+        assert "2 found: 2 batch" in result.stdout
+
+    def test_json(self, run: Callable[..., Result], folder: Path) -> None:
+        sites = json.loads(run("inspect", folder / "net.pt", "--json", "--input", "2x3x6x6").stdout)["sites"]
+        assert [site["name"] for site in sites] == ["first", "body.1"]
+        assert sites[0] == {
+            "name": "first",
+            "aliases": [],
+            "kind": "batch",
+            "computes": "batch(12, eps=1e-05)",
+            "channels": 12,
+            "reason": None,
+            "evidence": "observed",
+            "shapes": [[2, 12, 6, 6]],
+        }
+
+    def test_without_a_checkpoint_says_whose_weights(self, run: Callable[..., Result]) -> None:
+        assert "no checkpoint given" in run("inspect").stderr
+
+    def test_no_norm(self, run: Callable[..., Result]) -> None:
+        assert run("inspect", model="bare").stdout == "no normalization found\n"
+
+    def test_what_the_model_prints_stays_out_of_the_json(self, run: Callable[..., Result]) -> None:
+        result = run("inspect", "--json", model="chatty")
+        assert len(json.loads(result.stdout)["sites"]) == 2
+        assert "building" in result.stderr
+
+    def test_integer_input(self, run: Callable[..., Result]) -> None:
+        (site,) = json.loads(run("inspect", "--json", "--input", "1x16:int64", model="words").stdout)["sites"]
+        assert site["shapes"] == [[1, 16, 6]]
+
+    def test_model_arguments_are_literals(self, run: Callable[..., Result]) -> None:
+        (first, _) = json.loads(run("inspect", "--json", "--model-arg", "width=20").stdout)["sites"]
+        assert first["channels"] == 20
+
+
+class TestConvert:
+    def test_writes_what_the_api_makes(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "group.pt"
+        result = run("convert", folder / "net.pt", "--to", "group", "--groups", 4, "-o", out)
+        assert f"wrote {out}\n" in result.stderr
+        assert sorted(tmp_path.iterdir()) == [out, tmp_path / "group.pt.normswap.json"]
+        expected = normswap.convert(loaded(folder), "group", groups=4)
+        written = torch.load(out, weights_only=True)
+        assert written.keys() == expected.state_dict().keys()
+        torch.testing.assert_close(written, dict(expected.state_dict()), rtol=0, atol=0)
+
+    def test_recipe_rebuilds_the_model_in_python(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "group.pt"
+        run("convert", folder / "net.pt", "--to", "group", "--groups", 2, "-o", out)
+        model = fresh(folder)
+        for recipe in json.loads(Path(f"{out}.normswap.json").read_text()):
+            model = normswap.apply_recipe(model, recipe)
+        model.load_state_dict(torch.load(out, weights_only=True))
+        expected = normswap.convert(loaded(folder), "group", groups=2)
+        x = torch.randn(2, 3, 6, 6)
+        torch.testing.assert_close(model.double().eval()(x.double()), expected.double()(x.double()), rtol=0, atol=0)
+
+    def test_a_converted_checkpoint_is_a_checkpoint(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path
+    ) -> None:
+        first, second = tmp_path / "switchable.pt", tmp_path / "group.safetensors"
+        run("convert", folder / "net.pt", "--to", "switchable", "--init", "preserve", "-o", first)
+        result = run("convert", first, "--to", "layer", "-o", second)
+        assert "replayed 1 recipe" in result.stderr
+        kinds = [site["kind"] for site in json.loads(run("inspect", second, "--json").stdout)["sites"]]
+        assert kinds == ["layer", "layer"]
+
+    def test_safetensors_keeps_metadata_and_holds_the_recipe(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "frozen.safetensors"
+        run("convert", folder / "net.safetensors", "--to", "frozen", "-o", out)
+        assert list(tmp_path.iterdir()) == [out]
+        with safe_open(out, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["author"] == "me"
+        assert len(json.loads(metadata["normswap.recipe"])) == 1
+
+    def test_dry_run_writes_nothing(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        result = run("convert", folder / "net.pt", "--to", "group", "--dry-run", "-o", tmp_path / "out.pt")
+        assert "first" in result.stdout
+        assert not list(tmp_path.iterdir())
+
+    def test_json(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.pt"
+        record = json.loads(run("convert", folder / "net.pt", "--to", "frozen", "--json", "-o", out).stdout)
+        assert [change["name"] for change in record["plan"]["changes"]] == ["first", "body.1"]
+        assert {change["exactness"] for change in record["plan"]["changes"]} == {"exact"}
+        assert record["plan"]["recipe"]
+        assert record["written"] == [str(out), f"{out}.normswap.json"]
+        assert record["verification"] is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "changed"),
+        [
+            (["--where", "1*"], ["1"]),
+            (["--where", "2", "--where", "1"], ["1", "2"]),
+            (["--skip", "2"], ["1"]),
+            (["--from", "group"], ["2"]),
+            (["--from", "group", "--from", "batch", "--skip", "1"], ["2"]),
+            (["--from", "batch", "--where", "*"], ["1"]),
+            (["--from", "batch", "--where", "*", "--skip", "2"], ["1"]),
+        ],
+    )
+    def test_selection(self, run: Callable[..., Result], arguments: list[str], changed: list[str]) -> None:
+        result = run("convert", "--to", "instance", "--dry-run", "--json", *arguments, model="mixed")
+        plan = json.loads(result.stdout)["plan"]
+        assert [change["name"] for change in plan["changes"]] == changed
+        assert len(plan["changes"]) + len(plan["skips"]) == 2
+
+    def test_option(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.pt"
+        run(
+            "convert",
+            folder / "net.pt",
+            "--to",
+            "switchable",
+            "--init",
+            "preserve",
+            "--option",
+            "gate_gap=20",
+            "-o",
+            out,
+        )
+        assert torch.load(out, weights_only=True)["first.mean_gate"].tolist() == [0.0, 0.0, 20.0]
+
+    def test_force_replaces(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out.pt"
+        out.write_text("old")
+        run("convert", folder / "net.pt", "--to", "group", "-o", out, "--force")
+        assert "first.weight" in torch.load(out, weights_only=True)
+
+    def test_partial(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        state = torch.load(folder / "net.pt", weights_only=True)
+        state["extra"] = state.pop("head.bias")
+        torch.save(state, tmp_path / "odd.pt")
+        out = tmp_path / "out.pt"
+        refused = run("convert", tmp_path / "odd.pt", "--to", "group", "-o", out, status=2)
+        assert "head.bias" in refused.stderr
+        assert "extra" in refused.stderr
+        assert not out.exists()
+        accepted = run("convert", tmp_path / "odd.pt", "--to", "group", "-o", out, "--partial")
+        assert "head.bias" in accepted.stderr
+        assert out.exists()
+
+
+BAD_CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
+    "unknown kind": (["--to", "gruop"], ["'gruop'", *registry.kinds()]),
+    "groups that do not divide": (["--to", "group", "--groups", "5", "--dry-run"], ["5", "12 channels", "first"]),
+    "option of another kind": (["--to", "frozen", "--groups", "4", "--dry-run"], ["frozen", "groups"]),
+    "option twice": (["--to", "group", "--groups", "4", "--option", "groups=2"], ["groups is given twice"]),
+    "option without a value": (["--to", "group", "--option", "groups"], ["'groups'", "name=value"]),
+    "no output": (["--to", "group"], ["-o FILE", "--dry-run"]),
+    "output of unknown format": (["--to", "group", "-o", "{tmp}/out.bin"], ["out.bin", ".safetensors"]),
+    "output in no folder": (["--to", "group", "-o", "{tmp}/none/out.pt"], ["none does not exist"]),
+    "output exists": (["--to", "group", "-o", "{tmp}/taken.pt"], ["taken.pt", "--force"]),
+    "recipe exists": (["--to", "group", "-o", "{tmp}/half.pt"], ["half.pt.normswap.json", "--force"]),
+    "output is the input": (["--to", "group", "-o", "{folder}/net.pt", "--force"], ["is an input"]),
+    "nothing selected": (["--to", "group", "--where", "nowhere", "--dry-run"], ["nowhere"]),
+    "no such source kind": (["--to", "group", "--from", "rms", "--dry-run"], ["rms", "it has: batch"]),
+    "input that is no shape": (["--to", "group", "--dry-run", "--input", "1,3,6,6"], ["1,3,6,6", "1x3x224x224"]),
+    "input of unknown dtype": (["--to", "group", "--dry-run", "--input", "1x3:floaty"], ["'floaty'", "int64"]),
+    "input the model cannot take": (["--to", "group", "--dry-run", "--input", "1x4x6x6"], ["4"]),
+    "unknown init": (["--to", "group", "--init", "warm", "--dry-run"], ["warm", "preserve"]),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD_CONVERSIONS)
+    def test_convert(self, run: Callable[..., Result], folder: Path, tmp_path: Path, case: str) -> None:
+        (tmp_path / "taken.pt").write_text("mine")
+        (tmp_path / "half.pt.normswap.json").write_text("mine")
+        arguments, expected = BAD_CONVERSIONS[case]
+        filled = [argument.format(tmp=tmp_path, folder=folder) for argument in arguments]
+        result = run("convert", folder / "net.pt", *filled, status=2)
+        for text in expected:
+            assert text in result.stderr
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
+        assert len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize(
+        ("model", "expected"),
+        [
+            ("net.py", ["write package.module:callable or path/file.py:callable"]),
+            ("no_such_module:net", ["no module 'no_such_module'"]),
+            ("torch.no_such_part:net", ["no module 'torch.no_such_part'"]),
+            ("no_such_file.py:net", ["no file 'no_such_file.py'"]),
+            ("{folder}/cli_net.py:nett", ["has no 'nett'", "net", "mixed"]),
+            ("{folder}/cli_net.py:broken", ["broken()", "RuntimeError: out of cheese"]),
+            ("{folder}/cli_net.py:number", ["returned a int"]),
+            ("{folder}/cli_net.py:answer", ["is a int, not a callable"]),
+            ("{folder}/syntax.py:net", ["importing", "SyntaxError"]),
+        ],
+    )
+    def test_model(self, folder: Path, model: str, expected: list[str]) -> None:
+        (folder / "syntax.py").write_text("def net(:")
+        result = CliRunner().invoke(app, ["inspect", "--model", model.format(folder=folder)])
+        assert result.exit_code == 2
+        for text in expected:
+            assert text in result.stderr
+
+    def test_model_argument_the_callable_does_not_take(self, run: Callable[..., Result]) -> None:
+        assert "height=3" in run("inspect", "--model-arg", "height=3", status=2).stderr
+
+    def test_module_instance_is_a_model_but_takes_no_arguments(self, run: Callable[..., Result]) -> None:
+        assert "2 found" in run("inspect", model="ready").stdout
+        assert "--model-arg has no use" in run("inspect", "--model-arg", "a=1", model="ready", status=2).stderr
+
+    def test_no_model(self) -> None:
+        result = CliRunner().invoke(app, ["inspect"])
+        assert result.exit_code == 2
+        assert "--model" in result.stderr
+
+    def test_no_such_checkpoint(self, run: Callable[..., Result]) -> None:
+        assert "absent.pt" in run("inspect", "absent.pt", status=2).stderr
+
+    @pytest.mark.parametrize("name", ["text.pt", "text.safetensors"])
+    def test_not_a_checkpoint(self, run: Callable[..., Result], tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_text("hello")
+        assert name in run("inspect", tmp_path / name, status=2).stderr
+
+    def test_checkpoint_of_another_model(self, run: Callable[..., Result], folder: Path) -> None:
+        result = run("inspect", folder / "net.pt", "--model-arg", "width=20", status=2)
+        assert "conv.weight" in result.stderr
+
+    def test_recipe_that_is_no_json(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "net.pt").write_bytes((folder / "net.pt").read_bytes())
+        (tmp_path / "net.pt.normswap.json").write_text("{")
+        assert "--no-recipe" in run("inspect", tmp_path / "net.pt", status=2).stderr
+        run("inspect", tmp_path / "net.pt", "--no-recipe")
+
+    def test_no_norm_found(self, run: Callable[..., Result]) -> None:
+        result = run("convert", "--to", "group", "--dry-run", model="bare", status=2)
+        assert "no normalization found" in result.stderr
+
+    def test_json_is_whole_when_there_is_nothing_to_change(self, run: Callable[..., Result]) -> None:
+        result = run("convert", "--to", "group", "--dry-run", "--json", model="bare", status=2)
+        assert json.loads(result.stdout)["plan"]["changes"] == []
+
+    def test_unknown_command(self) -> None:
+        assert CliRunner().invoke(app, ["swap"]).exit_code == 2
+
+
+class TestFold:
+    def test_verified_and_loads_again(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "folded.pt"
+        record = json.loads(run("fold", folder / "net.pt", "--input", "2x3x6x6", "--json", "-o", out).stdout)
+        assert record["verification"]
+        assert len(record["plan"]["changes"]) == 2
+        assert run("inspect", out).stdout == "no normalization found\n"
+        run("verify", folder / "net.pt", out, "--input", "2x3x6x6")
+
+    def test_without_input_it_is_not_verified(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        result = run("fold", folder / "net.pt", "--json", "-o", tmp_path / "folded.pt")
+        assert json.loads(result.stdout)["verification"] is None
+
+    def test_verify_needs_input(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        result = run("fold", folder / "net.pt", "--verify", "-o", tmp_path / "folded.pt", status=2)
+        assert "--input" in result.stderr
+        assert not list(tmp_path.iterdir())
+
+    def test_a_failed_check_writes_nothing(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = cli.compare
+
+        def shifted(reference: nn.Module, candidate: nn.Module, *rest: Any, **options: Any) -> Any:
+            candidate.get_parameter("head.bias").data += 0.1
+            return real(reference, candidate, *rest, **options)
+
+        monkeypatch.setattr(cli, "compare", shifted)
+        result = run("fold", folder / "net.pt", "--input", "2x3x6x6", "-o", tmp_path / "folded.pt", status=1)
+        assert "is not written" in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+class TestExportAndVerify:
+    @pytest.mark.parametrize("fold", [[], ["--fold"]])
+    def test_onnx_agrees(self, run: Callable[..., Result], folder: Path, tmp_path: Path, fold: list[str]) -> None:
+        out = tmp_path / "net.onnx"
+        run("export", folder / "net.pt", "--input", "2x3x6x6", "-o", out, *fold)
+        run("verify", folder / "net.pt", out, "--input", "2x3x6x6")
+        refused = run("export", folder / "net.pt", "--input", "2x3x6x6", "-o", out, status=2)
+        assert "--force" in refused.stderr
+
+    def test_onnx_of_another_model_fails(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        torch.save(randomise(fresh(folder), seed=1).state_dict(), tmp_path / "other.pt")
+        run("export", tmp_path / "other.pt", "--input", "2x3x6x6", "-o", tmp_path / "other.onnx")
+        run("verify", folder / "net.pt", tmp_path / "other.onnx", "--input", "2x3x6x6", status=1)
+
+    def test_checkpoints_that_differ_fail(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        state = torch.load(folder / "net.pt", weights_only=True)
+        state["first.running_mean"] += 0.01
+        torch.save(state, tmp_path / "shifted.pt")
+        result = run("verify", folder / "net.pt", tmp_path / "shifted.pt", "--input", "2x3x6x6", status=1)
+        assert result.stdout
+
+    def test_json(self, run: Callable[..., Result], folder: Path) -> None:
+        result = run("verify", folder / "net.pt", folder / "net.safetensors", "--input", "2x3x6x6", "--json")
+        assert json.loads(result.stdout)
+
+    def test_verify_needs_an_input(self, run: Callable[..., Result], folder: Path) -> None:
+        assert "--input" in run("verify", folder / "net.pt", folder / "net.pt", status=2).stderr
+
+    @pytest.mark.parametrize("output", [[], ["-o", "net.pb"]])
+    def test_export_needs_an_onnx_name(self, run: Callable[..., Result], folder: Path, output: list[str]) -> None:
+        assert ".onnx" in run("export", folder / "net.pt", "--input", "2x3x6x6", *output, status=2).stderr
+
+
+def test_failed_write_leaves_nothing_new(
+    run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normswap import checkpoint
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    (tmp_path / "out.pt").write_text("old")
+    (tmp_path / "out.pt.normswap.json").write_text("old recipe")
+    for name, force in (("out.pt", ["--force"]), ("new.pt", [])):
+        result = run("convert", folder / "net.pt", "--to", "group", "-o", tmp_path / name, *force, status=2)
+        assert "No space left on device" in result.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "out.pt": "old",
+        "out.pt.normswap.json": "old recipe",
+    }
+
+
+def test_as_a_process(folder: Path, tmp_path: Path) -> None:
+    """``python -m normswap`` from another folder, with the model named by module and no terminal."""
+    command = [sys.executable, "-m", "normswap", "convert", "net.pt", "--model", "cli_net:net", "--to", "group"]
+    result = subprocess.run(
+        [*command, "-o", str(tmp_path / "out.pt")], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out.pt").exists()
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    started, out = tmp_path / "started", tmp_path / "out.pt"
+    words = ["convert", "--model", f"{folder}/cli_net.py:slow", "--model-arg", f"flag={started}", "--to", "group"]
+    command = [sys.executable, "-m", "normswap", *words, "-o", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not started.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert message.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == [started]
