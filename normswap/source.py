@@ -17,7 +17,7 @@ from torch import nn
 
 from normswap import checkpoint, engine
 from normswap.errors import NormswapError
-from normswap.onnx.export import check_output, whole_file
+from normswap.files import check_output, whole_file
 
 KEY = "normswap.recipe"
 SUFFIXES = (".pt", ".pth", ".safetensors")

@@ -437,8 +437,8 @@ def convert_page(rows: list[dict[str, Any]], kinds: list[str], command: str) -> 
         f"Written by `{command}`. `scripts/zoo.py` says what each cell asks, `tests/zoo/models.py` lists the models.",
         f"{versions()}. CPU, float64, eval mode, random weights, randomised statistics and affine.",
         f"{len(rows)} models of {families} families, {len(with_batch)} of them with batch norms ({calls} calls of one "
-        f"{len(rows)} models of {families} families, {len(with_batch)} of them with batch norms ({calls} calls of one in "
-        "norm so.",
+        f"in a run of each); {norms} norms in all. No conversion was given example inputs; {needing} cells left a "
+        "batch norm so.",
         "\n".join(summary),
         f"Largest relative error in eval mode: {errors}. A change of 1 % in the first batch norm of a model changes "
         f"its output by at least {scientific(min(sensitive, default=0))}.",

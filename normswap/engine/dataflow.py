@@ -21,7 +21,9 @@ from normswap.graph.shapes import inferred, seen
 from normswap.graph.trace import Region, brief, regions
 
 Place = tuple[Flow, fx.Node]
-_ITERATES = frozenset({"children", "modules", "named_children", "named_modules", "_modules", "__getitem__", "items", "values"})
+_ITERATES = frozenset(
+    {"children", "modules", "named_children", "named_modules", "_modules", "__getitem__", "items", "values"}
+)
 
 
 class Dataflow:
@@ -93,7 +95,9 @@ class Dataflow:
             if flow.region.name and (reason := self._reached_from_outside(flow, str(node.target))) is not None:
                 return reason
         for name in self.references[id(module)].names[1:]:
-            if not any(flow.region.qualified(str(node.target)) == name for flow, node in places) and self._uncovered(name):
+            if not any(flow.region.qualified(str(node.target)) == name for flow, node in places) and self._uncovered(
+                name
+            ):
                 return f"it is {name} too, which no traced code calls; pass example_inputs to count its calls"
         return None
 
@@ -166,14 +170,14 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    a, b = (
-        [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)] for value in (ours, theirs)
-    )
+    a, b = ([leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)] for value in (ours, theirs))
     if len(a) != len(b):
         return False
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape or x.dtype != y.dtype:
             return False
-        if x.is_floating_point() and not torch.allclose(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0, equal_nan=True):
+        if x.is_floating_point() and not torch.allclose(
+            x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0, equal_nan=True
+        ):
             return False
     return True

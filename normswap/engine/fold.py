@@ -26,9 +26,6 @@ from normswap.fold import layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
-from normswap.graph.functional import is_norm_function
-from normswap.graph.lift import lift
-from normswap.graph.observe import observe
 from normswap.graph.reach import reach
 from normswap.graph.references import references
 from normswap.norms.affine import ChannelAffine
@@ -90,9 +87,7 @@ def fold(
     """
     check_model(model)
     target = model if inplace else copy_model(model)
-    plan = plan_fold(
-        target, where=where, skip=skip, example_inputs=example_inputs, keep_batchnorm=keep_batchnorm
-    )
+    plan = plan_fold(target, where=where, skip=skip, example_inputs=example_inputs, keep_batchnorm=keep_batchnorm)
     report(plan)
     return plan.apply(inplace=True)
 
@@ -254,7 +249,11 @@ class _Search:
         if isinstance(layer, Layer):
             wanted = -1 if layer.kind == "linear" else 1
             if not flow.is_axis(node, need.axis, wanted):
-                hint = "the rank of its output is not known, pass example_inputs" if flow.shape(node) is None else "the norm's channels are another axis"
+                hint = (
+                    "the rank of its output is not known, pass example_inputs"
+                    if flow.shape(node) is None
+                    else "the norm's channels are another axis"
+                )
                 return f"{passages.label(flow, node)}: {hint}"
             return self._absorb(module, layer, need.affine, "output", node, trial)
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
@@ -333,7 +332,9 @@ class _Search:
     ) -> str | None:
         wanted = -1 if layer.kind == "linear" else 1
         if not flow.is_axis(need.node, need.axis, wanted):
-            return f"{passages.label(flow, user)}: it is not proved that it reads the norm's channels (example_inputs may)"
+            return (
+                f"{passages.label(flow, user)}: it is not proved that it reads the norm's channels (example_inputs may)"
+            )
         if not layer.shift_reaches_evenly and not need.affine.no_shift:
             return f"{passages.label(flow, user)} pads with zeros (or is transposed), and the shift is not zero"
         return self._absorb(module, layer, need.affine, "input", user, trial)
@@ -404,9 +405,7 @@ class _Search:
             return Skip(site.name, reason, norm, site.label, **common)
         affine = self.affines[key]
         target = Norm(kind="affine", channels=norm.channels, eps=None, momentum=None, then=norm.then)
-        return Change(
-            site.name, norm, target, "exact", "affine", notes=(reason,), fold=Fold(left=affine), **common
-        )
+        return Change(site.name, norm, target, "exact", "affine", notes=(reason,), fold=Fold(left=affine), **common)
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

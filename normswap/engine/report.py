@@ -20,5 +20,3 @@ def report(plan: Plan) -> None:
             first = plan.skips[0]
             message = f"{len(plan.skips)} norms, none changed; first: {first.name or 'the model'}: {first.reason}"
         warnings.warn(f"normswap, {plan.operation}: nothing changed ({message})", stacklevel=3)
-
-

@@ -272,9 +272,7 @@ def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
     module.lifted_norms = tuple(call.name for call in calls)  # type: ignore[assignment]
 
 
-def _keep_constants(
-    module: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[bool, dict[str, Tensor]]
-) -> None:
+def _keep_constants(module: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[bool, dict[str, Tensor]]) -> None:
     """Give the module the tensors that its ``forward`` made in Python, as plain attributes."""
     for mode, graph in graphs.items():
         names: dict[Any, str] = {}

@@ -86,9 +86,7 @@ class _Functions(TorchFunctionMode):
             self.inside = False
 
 
-def observe(
-    model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable[nn.Module] = ()
-) -> Observation:
+def observe(model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable[nn.Module] = ()) -> Observation:
     """Run ``model(*example_inputs)`` once and record its calls, and what ``watched`` modules took and gave.
 
     Raises :class:`NormswapError` when ``example_inputs`` is no tuple or the run fails.

@@ -198,7 +198,9 @@ def _of_code(
 def _handles(instructions: list[dis.Instruction], index: int) -> bool:
     """Whether the attribute of ``self`` loaded here is used as a value: not called, not compared with None, not read from."""
     here, behind = instructions[index], [i.opname for i in instructions[index + 1 : index + 4]]
-    if here.opname == "LOAD_METHOD" or (here.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and here.arg and here.arg & 1):
+    if here.opname == "LOAD_METHOD" or (
+        here.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and here.arg and here.arg & 1
+    ):
         return False
     following = behind[0] if behind else ""
     compared = following == "LOAD_CONST" and len(behind) > 1 and behind[1] == "IS_OP"

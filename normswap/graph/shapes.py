@@ -437,7 +437,9 @@ _RULES |= dict.fromkeys(
 _RULES |= dict.fromkeys(("flatten", torch.flatten), _flatten)
 _RULES |= dict.fromkeys(("reshape", "view", "reshape_as", "view_as", torch.reshape), _reshape)
 _RULES |= {"size": _size, getattr: _getattr, operator.getitem: _getitem}
-_RULES |= dict.fromkeys(("squeeze", torch.squeeze), _squeeze) | dict.fromkeys(("unsqueeze", torch.unsqueeze), _unsqueeze)
+_RULES |= dict.fromkeys(("squeeze", torch.squeeze), _squeeze) | dict.fromkeys(
+    ("unsqueeze", torch.unsqueeze), _unsqueeze
+)
 _RULES |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat)
 _RULES |= dict.fromkeys((torch.chunk, "chunk", torch.split, "split", torch.functional.split), _pieces)
 _RULES |= dict.fromkeys(

@@ -117,7 +117,6 @@ class RegionTracer(fx.Tracer):
             self.opaque[name] = brief(error)
             return self.create_proxy("call_module", name, args, kwargs)
 
-
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
