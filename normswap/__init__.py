@@ -3,10 +3,11 @@
 from normswap import norms
 from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, fold, plan_convert, plan_fold
 from normswap.errors import NormswapError, Refusal
+from normswap.onnx import export
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
-
-__version__ = "0.1.0"
+from normswap.verify import Verification, verify
+from normswap.version import __version__
 
 __all__ = [
     "Change",
@@ -16,10 +17,13 @@ __all__ = [
     "Refusal",
     "Site",
     "Skip",
+    "Verification",
+    "__version__",
     "apply_recipe",
     "builds",
     "convert",
     "exactness",
+    "export",
     "find",
     "fold",
     "kinds",
@@ -30,4 +34,5 @@ __all__ = [
     "reads",
     "reference",
     "scale_shift",
+    "verify",
 ]

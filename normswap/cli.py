@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from normswap import __version__, engine, registry, report
 from normswap.arguments import build_model, parse_inputs, parse_pairs
 from normswap.errors import NormswapError
-from normswap.onnx.export import check_output
+from normswap.files import check_output
 from normswap.onnx.export import export as export_onnx
 from normswap.source import Source, check_destination, load_source, save_source
 from normswap.spec import Norm

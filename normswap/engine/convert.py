@@ -12,7 +12,8 @@ from torch import fx, nn
 from normswap import registry
 from normswap.engine import guards
 from normswap.engine.carry import build, carry
-from normswap.engine.plan import Change, Plan, Skip, copy_model
+from normswap.engine.copying import copy_model
+from normswap.engine.plan import Change, Plan, Skip
 from normswap.engine.report import report
 from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
@@ -227,10 +228,13 @@ class _Prepared:
     hand_over: Callable[[], Callable[[], None]]
 
 
-def apply_changes(model: nn.Module, changes: Sequence[Change]) -> tuple[nn.Module, Callable[[], None]]:
+def apply_changes(
+    model: nn.Module, changes: Sequence[Change], undoable: bool = True
+) -> tuple[nn.Module, Callable[[], None]]:
     """Make the changes in place; returns the model (the replacement, if the root is a norm) and what undoes them.
 
-    Everything is built before anything is swapped; an error puts all back and is raised.
+    Everything is built before anything is swapped; an error puts all back and is raised. Nothing is lost by keeping the
+    undo, so ``undoable`` makes no difference here.
     """
     found = references(model)
     by_name = {name: reference for reference in found.values() for name in reference.names}

@@ -7,8 +7,9 @@ call site of a layer, every user of its parameters, hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +18,8 @@ from torch.nn.utils import parametrize
 from normswap import registry
 from normswap.engine.carry import carry
 from normswap.engine.dataflow import Dataflow
-from normswap.engine.plan import Change, Fold, Plan, Skip, copy_model
+from normswap.engine.copying import copy_model
+from normswap.engine.plan import Change, Fold, Plan, Skip
 from normswap.engine.report import report
 from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
@@ -27,7 +29,8 @@ from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
 from normswap.graph.reach import reach
-from normswap.graph.references import references
+from normswap.graph.references import Reference, references
+from normswap.graph.shapes import argument
 from normswap.norms.affine import ChannelAffine
 from normswap.spec import Norm, scale_shift
 
@@ -47,6 +50,18 @@ def plan_fold(
     ``Skip``. Raises :class:`NormswapError` for misuse.
     """
     check_model(model)
+    return _plan(model, where, skip, example_inputs, keep_batchnorm)
+
+
+def _plan(
+    model: nn.Module,
+    where: Selector,
+    skip: Selector = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    keep_batchnorm: bool = False,
+    left: Set[str] = frozenset(),
+) -> Plan:
+    """``left``: names of norms that are to become a channel affine, whether or not a layer could absorb them."""
     found = references(model)
     flow = Dataflow(model, found, example_inputs)
     sites = survey(found, flow.observation)
@@ -60,7 +75,7 @@ def plan_fold(
             chosen.append(site)
         else:
             plan.skips.append(Skip(site.name, reason, site.norm, site.label, site.aliases, site.evidence))
-    search.run(chosen)
+    search.run(chosen, left)
     for site in chosen:
         change = search.outcome(site, keep_batchnorm, flow.evidence)
         if isinstance(change, Change):
@@ -89,7 +104,7 @@ def fold(
     target = model if inplace else copy_model(model)
     plan = plan_fold(target, where=where, skip=skip, example_inputs=example_inputs, keep_batchnorm=keep_batchnorm)
     report(plan)
-    return plan.apply(inplace=True)
+    return plan.apply(inplace=True, undoable=False)
 
 
 @dataclass
@@ -118,6 +133,8 @@ class _Search:
         self.folds: dict[int, Fold] = {}
         self.reasons: dict[int, str] = {}
         self.layer_reasons: dict[int, str | None] = {}
+        self.biased: set[int] = set()
+        """Layers without a bias that get one."""
 
     def key(self, site: Site) -> int:
         return id(site.module) if site.call is None else id(site.call)
@@ -149,16 +166,18 @@ class _Search:
             return "its statistics are not finite, or a variance is negative"
         return None
 
-    def run(self, chosen: Sequence[Site]) -> None:
+    def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
         ordered = self._in_order(chosen)
         for site in ordered:
             assert site.norm is not None
             pair = scale_shift(site.norm)
             assert pair is not None
             self.affines[self.key(site)] = Affine(*pair)
-        for site in ordered:
+        free = [site for site in ordered if site.name not in left]
+        self.reasons.update({self.key(site): "the recipe leaves it" for site in ordered if site.name in left})
+        for site in free:
             self._attempt(site, self._backward)
-        for site in ordered:
+        for site in free:
             if self.key(site) not in self.gone:
                 self._attempt(site, self._forward)
 
@@ -184,13 +203,13 @@ class _Search:
         for (_, side), (module, layer, affine) in trial.absorbs.items():
             name = self.references[id(module)].name
             record.steps.append((name, side, layer, affine))
-            self.layer_biased(module)
+            bias = getattr(module, "bias", None) is not None or id(module) in self.biased or not affine.no_shift
+            if bias:
+                self.biased.add(id(module))
+            record.biased[name] = bias
         for other, affine in trial.composes.items():
             self.affines[other] = affine
             record.steps.append((self.references[other].name, "output", None, affine))
-
-    def layer_biased(self, module: nn.Module) -> None:
-        return None
 
     def _incomplete(self, trial: _Trial) -> str | None:
         """A layer called at several sites must be reached at all of them, by the same affine."""
@@ -205,7 +224,7 @@ class _Search:
 
     def _backward(self, site: Site, trial: _Trial) -> str | None:
         for flow, node in self.flow.sites(site.module):
-            source = passages.argument(node, 0, "input")
+            source = argument(node, 0, "input")
             if not isinstance(source, fx.Node):
                 return "its input is not a tensor of the graph"
             need = Need(source, self.affines[self.key(site)], 1)
@@ -280,7 +299,7 @@ class _Search:
         if not flow.is_axis(node, need.axis, 1):
             return f"{passages.label(flow, node)}: the norm's channels are another axis"
         if id(module) in self.gone:
-            source = passages.argument(node, 0, "input")
+            source = argument(node, 0, "input")
             pending.append((Need(source, need.affine, need.axis), node))
             return None
         if (reason := self.flow.unsettled(module)) is not None:
@@ -436,38 +455,57 @@ def _uses(user: fx.Node, node: fx.Node) -> int:
 # --- applying --------------------------------------------------------------------------------------------------------
 
 
-def apply_fold(model: nn.Module, changes: Sequence[Change]) -> tuple[nn.Module, Callable[[], None]]:
-    """Make the folds in place; returns the model and what undoes them, bit for bit."""
+def apply_fold(
+    model: nn.Module, changes: Sequence[Change], undoable: bool = True
+) -> tuple[nn.Module, Callable[[], None]]:
+    """Make the folds in place; returns the model and what undoes them, bit for bit.
+
+    An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand. Either way the
+    model computes what it did.
+    """
     found = references(model)
     by_name = {name: reference for reference in found.values() for name in reference.names}
     undo: list[Callable[[], None]] = []
-    root = model
 
     def back() -> None:
         while undo:
             undo.pop()()
 
+    root = model
     try:
         for change in changes:
-            reference = by_name.get(change.name)
-            if reference is None or change.fold is None:
-                raise NormswapError(f"the model has no module {change.name!r}, which the plan folds")
-            for name, side, layer, affine in change.fold.steps:
-                if layer is not None:
-                    undo.append(layers.absorb(by_name[name].module, layer, affine, side))
-            old = reference.module
-            built = _left(change, old)
-            hand_over = carry(old, built, registry.read(old), None)
-            for slot in reference.slots:
-                slot.put(built)
-                undo.append(lambda slot=slot, old=old: slot.put(old))  # type: ignore[misc]
-            if old is model:
+            if not undoable:
+                undo.clear()
+            built = _apply_one(change, by_name, undo)
+            if by_name[change.name].module is model:
                 root = built
-            hand_over()
     except BaseException:
         back()
         raise
     return root, back
+
+
+def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callable[[], None]]) -> nn.Module:
+    reference = by_name.get(change.name)
+    if reference is None or change.fold is None:
+        raise NormswapError(f"the model has no module {change.name!r}, which the plan folds")
+    for name, side, layer, affine in change.fold.steps:
+        if layer is None:
+            continue
+        try:
+            undo.append(layers.absorb(by_name[name].module, layer, affine, side))
+        except NormswapError as error:
+            raise NormswapError(
+                f"{change.name} into {name}: {error}; leave it out with skip={change.name!r}"
+            ) from error
+    old = reference.module
+    built = _left(change, old)
+    hand_over = carry(old, built, registry.read(old), None)
+    for slot in reference.slots:
+        slot.put(built)
+        undo.append(partial(slot.put, old))
+    undo.append(hand_over())
+    return built
 
 
 def _left(change: Change, old: nn.Module) -> nn.Module:
@@ -487,3 +525,33 @@ def _left(change: Change, old: nn.Module) -> nn.Module:
     trained = like.requires_grad
     module.scale, module.shift = nn.Parameter(scale, requires_grad=trained), nn.Parameter(shift, requires_grad=trained)
     return module
+
+
+def replay(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """Fold a fresh model as a recipe's steps say, in place: the same norms vanish, the same layers get a bias.
+
+    Raises :class:`NormswapError`, with the model unchanged, when a norm that vanished then cannot vanish here.
+    """
+    outcomes = {step["name"]: step["to"] for step in steps}
+    sites = survey(references(model))
+    known = {site.name for site in sites}
+    if missing := [name for name in outcomes if name not in known]:
+        raise NormswapError(
+            f"the recipe folds {missing[0]!r}, but the model has no norm there; is it the same architecture?"
+        )
+    plan = _plan(model, lambda name, _norm: name in outcomes, left={n for n, to in outcomes.items() if to == "affine"})
+    for change in plan.changes:
+        if change.to != outcomes[change.name]:
+            raise NormswapError(f"the recipe folds {change.name!r} away, but here it stays: {'; '.join(change.notes)}")
+    if lost := outcomes.keys() - {change.name for change in plan.changes}:
+        reasons = {skip.name: skip.reason for skip in plan.skips}
+        name = sorted(lost)[0]
+        raise NormswapError(f"the recipe folds {name!r}, but here it stays: {reasons[name]}")
+    result, _ = apply_fold(model, plan.changes)
+    for layer in (layer for step in steps for layer in step["layers"] if layer["bias"]):
+        module: Any = result.get_submodule(layer["name"])
+        if module.bias is None:
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            zeros = module.weight.new_zeros(outputs)
+            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+    return result

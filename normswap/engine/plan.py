@@ -5,7 +5,6 @@ Applying is all or nothing: everything is built first, then swapped, and an erro
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from normswap.engine.copying import copy_model
 from normswap.engine.optimizer import Remapped, remap
 from normswap.errors import NormswapError
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.spec import Exactness, Norm
+from normswap.version import __version__
 
 RECIPE_VERSION = 1
 
@@ -46,6 +47,8 @@ class Fold:
     steps: list[tuple[str, Side, Layer | None, Affine]] = field(default_factory=list)
     """Name of a layer, its side, the layer (``None`` for a norm that composes) and the affine, in order."""
     left: Affine | None = None
+    biased: dict[str, bool] = field(default_factory=dict)
+    """Layers by name, and whether each has a bias afterwards."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,16 @@ class Change:
 
     def step(self) -> dict[str, Any]:
         """The change as a step of a recipe: enough to make it again on a fresh model."""
-        return {
+        common = {
             "name": self.name,
             "source": {"kind": self.source.kind, "channels": self.source.channels},
             "to": self.to,
+        }
+        if self.fold is not None:
+            biased = [{"name": name, "bias": bias} for name, bias in self.fold.biased.items()]
+            return {**common, "layers": biased}
+        return {
+            **common,
             "options": {name: value for name, value in self.options.items() if _plain(value)},
             "init": self.init,
             "ranks": None if self.source.ranks is None else sorted(self.source.ranks),
@@ -111,12 +120,15 @@ class Applied:
     """The outcome of applying changes: the model, what undoes it, and where each parameter went."""
 
     model: nn.Module
-    undo: Callable[[], None]
+    before: nn.Module
+    """The model that was changed: the same object unless its root is a norm."""
+    undo: Callable[[], None] | None
     twins: dict[int, nn.Parameter]
     """``id`` of a parameter of the input model -> the same one in the resulting model's tree before the swap."""
 
 
-Apply = Callable[[nn.Module, Sequence[Change]], tuple[nn.Module, Callable[[], None]]]
+Apply = Callable[[nn.Module, Sequence[Change], bool], tuple[nn.Module, Callable[[], None]]]
+"""Makes changes in a model; the flag asks for an undo. Returns the model and what undoes them."""
 
 
 @dataclass
@@ -131,11 +143,12 @@ class Plan:
     apply_changes: Apply | None = field(default=None, repr=False)
     applied: Applied | None = field(default=None, repr=False)
 
-    def apply(self, inplace: bool = False) -> nn.Module:
+    def apply(self, inplace: bool = False, *, undoable: bool = True) -> nn.Module:
         """Make the changes and return the model: a deep copy, or the model itself with ``inplace=True``.
 
         All or nothing: on an error the model is as it was. When the model's root is itself a norm, its replacement is returned. Raises
-        :class:`NormswapError` when the model cannot be copied or no longer fits the plan.
+        :class:`NormswapError` when the model cannot be copied or no longer fits the plan. A fold applied with ``undoable=False`` frees the old
+        weights as it goes; an error then leaves a model that computes the same and is folded in part.
         """
         if self.apply_changes is None:
             raise NormswapError("this plan was read from JSON and has no model: use apply_recipe(model, recipe)")
@@ -143,15 +156,24 @@ class Plan:
             raise NormswapError("this plan was already applied in place")
         target = self.model if inplace else copy_model(self.model)
         twins = _twins(self.model, target)
-        model, undo = self.apply_changes(target, self.changes)
-        self.applied = Applied(model, undo, twins)
+        model, undo = self.apply_changes(target, self.changes, undoable)
+        self.applied = Applied(model, target, undo if undoable else None, twins)
         return model
+
+    def undo(self) -> nn.Module:
+        """Put back all that :meth:`apply` changed, bit for bit, and return the model it was applied to.
+
+        Raises :class:`NormswapError` when the plan was not applied, or with ``undoable=False``.
+        """
+        if self.applied is None or self.applied.undo is None:
+            raise NormswapError("there is nothing to undo: the plan was not applied, or with undoable=False")
+        self.applied.undo()
+        before, self.applied = self.applied.before, None
+        return before
 
     @property
     def recipe(self) -> dict[str, Any]:
         """The changes as JSON-able data, for :func:`normswap.apply_recipe` on a fresh model."""
-        from normswap import __version__
-
         return {
             "format": RECIPE_VERSION,
             "normswap": __version__,
@@ -210,16 +232,6 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy; :class:`NormswapError` with advice where the model cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise NormswapError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); use inplace=True to change the model itself"
-        ) from error
 
 
 def _twins(before: nn.Module, after: nn.Module) -> dict[int, nn.Parameter]:

@@ -11,7 +11,9 @@ from torch import nn
 from normswap import registry
 from normswap.engine.carry import build
 from normswap.engine.convert import INITS, apply_changes, describe
-from normswap.engine.plan import RECIPE_VERSION, Change, copy_model
+from normswap.engine.copying import copy_model
+from normswap.engine.fold import replay
+from normswap.engine.plan import RECIPE_VERSION, Change
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
 from normswap.graph.references import references
@@ -27,6 +29,8 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool =
     check_model(model)
     steps = _steps(recipe)
     target = model if inplace else copy_model(model)
+    if recipe.get("operation") == "fold":
+        return replay(target, steps)
     sites = {name: site for site in survey(references(target)) for name in (site.name, *site.aliases)}
     changes = [_change(step, sites) for step in steps]
     return apply_changes(target, changes)[0]
@@ -42,16 +46,32 @@ def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     steps = recipe["steps"]
     if not isinstance(steps, (list, tuple)):
         raise NormswapError(f"the recipe's 'steps' must be a list, not {type(steps).__name__}")
+    folds = recipe.get("operation") == "fold"
     names = set()
     for index, step in enumerate(steps):
-        if not _well_formed(step):
+        if not (_well_formed_fold(step) if folds else _well_formed(step)):
+            fields = "layers (name, bias)" if folds else "options, init, ranks"
             raise NormswapError(
-                f"step {index} of the recipe is malformed: it needs name, source (kind, channels), to, options, init, ranks"
+                f"step {index} of the recipe is malformed: it needs name, source (kind, channels), to, {fields}"
             )
         if step["name"] in names:
             raise NormswapError(f"step {index} of the recipe changes {step['name']!r} a second time")
         names.add(step["name"])
     return list(steps)
+
+
+def _well_formed_fold(step: Any) -> bool:
+    if not isinstance(step, Mapping) or not {"name", "source", "to", "layers"} <= step.keys():
+        return False
+    layers = step["layers"]
+    return (
+        step["to"] in ("identity", "affine")
+        and isinstance(layers, list)
+        and all(
+            isinstance(layer, Mapping) and isinstance(layer.get("name"), str) and isinstance(layer.get("bias"), bool)
+            for layer in layers
+        )
+    )
 
 
 def _well_formed(step: Any) -> bool:

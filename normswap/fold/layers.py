@@ -95,7 +95,7 @@ def _padded(module: _ConvNd) -> bool:
     return any(amount != 0 for amount in module.padding)
 
 
-_CHUNK = 1 << 20  # elements of a kernel held in float64 at a time
+_CHUNK = 1 << 18  # elements of a kernel held in float64 at a time
 
 
 def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[], None]:
@@ -121,14 +121,14 @@ def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[]
                 new_bias = new_bias + _reached(part, group, layer, shift, start)
             new_weight[start : start + step] = part * _factor(part, group, layer, scale, side, start)
         cast_bias = new_bias.to(weight.dtype if bias is None else bias.dtype)
-        if not bool(new_weight.isfinite().all() and cast_bias.isfinite().all()) and bool(weight.isfinite().all()):
+        if not (_finite(new_weight) and _finite(cast_bias)) and _finite(weight):
             raise NormswapError(f"the folded values are not finite in {str(weight.dtype).removeprefix('torch.')}")
         old_weight = weight.data
         old_bias = None if bias is None else bias.data
         weight.data = new_weight.detach()
         if bias is not None:
             bias.data = cast_bias
-        elif bool(cast_bias.any()):
+        elif not affine.no_shift:
             module.bias = nn.Parameter(cast_bias, requires_grad=weight.requires_grad)
 
     def restore() -> None:
@@ -139,6 +139,14 @@ def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[]
             module.bias = None
 
     return restore
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite, in one pass without a temporary of the tensor's size."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN propagates
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _factor(part: Tensor, group: Tensor, layer: Layer, scale: Tensor, side: Side, start: int) -> Tensor:

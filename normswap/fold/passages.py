@@ -316,7 +316,7 @@ def _averages(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.M
     else:
         pads = argument(node, 3, "padding", 0)
         counted, divisor = argument(node, 5, "count_include_pad", True), argument(node, 6, "divisor_override")
-    padded = any(pads) if isinstance(pads, (tuple, list)) else bool(pads)  # type: ignore[arg-type]
+    padded = any(pads) if isinstance(pads, (tuple, list)) else bool(pads)
     if (divisor is not None or (padded and counted)) and not affine.no_shift:
         return f"{label(flow, node)} counts its zero padding, and the shift is not zero"
     return None
@@ -477,7 +477,7 @@ def _piece(flow: Flow, node: fx.Node, affine: Affine, axis: int) -> Outcome:
             return f"{label(flow, pieces)}: its pieces are not known"
         if not flow.is_axis(node, dim, axis):
             return f"{label(flow, pieces)} cuts along another axis than the channels"
-        sizes = [shape[dim] if isinstance(shape, tuple) else None for shape in values]
+        sizes: list[Any] = [shape[dim] if isinstance(shape, tuple) else None for shape in values]
         if not all(isinstance(size, int) for size in sizes):
             return f"{label(flow, pieces)}: its pieces are not known"
         before, behind = sum(sizes[:index]), sum(sizes[index + 1 :]) if index != -1 else 0

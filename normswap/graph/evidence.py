@@ -87,9 +87,9 @@ def _is_one(size: Any) -> bool:
 
 
 def _flattens_all(node: fx.Node) -> bool:
-    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-    end = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
-    return start == 1 and end == -1
+    start: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+    end: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("end_dim", -1)
+    return bool(start == 1 and end == -1)
 
 
 def _spatial(node: fx.Node) -> bool:

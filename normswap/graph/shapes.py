@@ -233,9 +233,9 @@ def _permute(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 def permutation(node: fx.Node, rank: int | None) -> list[int] | None:
     """The order of axes of a permute, transpose or movedim: output axis -> input axis."""
     if node.target in ("permute", torch.permute):
-        dims = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        dims: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
         dims = dims or node.kwargs.get("dims", ())
-        return [int(d) % len(dims) for d in dims]  # type: ignore[arg-type]
+        return [int(d) % len(dims) for d in dims]
     if rank is None:
         return None
     order = list(range(rank))
@@ -265,7 +265,7 @@ def _reshape(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
     elif len(given) == 1 and isinstance(values.get(given[0]), list):
-        given = values[given[0]]  # type: ignore[index]
+        given = values[given[0]]
     dims: list[Any] = [values.get(d) if isinstance(d, fx.Node) else d for d in given]
     dims = [d if isinstance(d, (int, Symbol)) else Symbol() for d in dims]
     if -1 in dims:

@@ -6,6 +6,7 @@ Moments over space, for every sample and channel. With ``track_running_stats`` i
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import Refusal
@@ -24,12 +25,13 @@ RANKS: dict[type, frozenset[int]] = {
 class InstanceNorm(_InstanceNorm):
     """``nn.InstanceNorm`` for an input ``(N, C, *S)`` of any rank of at least 3, where the rank is not known beforehand."""
 
-    def _get_no_batch_dim(self) -> int:
-        return 2
-
-    def _check_input_dim(self, input: Tensor) -> None:
+    def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 3:
             raise ValueError(f"expected at least 3D input (got {input.dim()}D input)")
+        fresh = self.training or not self.track_running_stats
+        return F.instance_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, fresh, self.momentum or 0.0, self.eps
+        )
 
 
 @reads(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, InstanceNorm)

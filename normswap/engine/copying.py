@@ -1,0 +1,68 @@
+"""A deep copy of a model, as ``copy.deepcopy`` makes it, several times faster.
+
+``copy.deepcopy`` spends most of its time on the dozen hook tables that every module has, nearly always empty. Modules that do not define how
+they are copied are copied here attribute by attribute; everything else goes through ``copy.deepcopy``, with one memo.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from normswap.errors import NormswapError
+
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type})
+_CUSTOM = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__", "__slots__")
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; :class:`NormswapError` with advice where the model cannot be copied."""
+    try:
+        copied = _copy(model, {})
+    except Exception as error:
+        raise NormswapError(
+            f"the model cannot be copied ({type(error).__name__}: {error}); use inplace=True to change the model itself"
+        ) from error
+    assert isinstance(copied, nn.Module)
+    return copied
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    known = memo.get(id(value))
+    if known is not None:
+        return known
+    if isinstance(value, nn.Module) and not _own_way(type(value)):
+        return _copy_module(value, memo)
+    if type(value) in (dict, OrderedDict):
+        table = memo[id(value)] = type(value)()
+        for key, item in value.items():
+            table[_copy(key, memo)] = _copy(item, memo)
+        return table
+    return copy.deepcopy(value, memo)
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    cls: Any = type(module)
+    copied: nn.Module = cls.__new__(cls)
+    memo[id(module)] = copied
+    state = vars(copied)
+    for name, value in vars(module).items():
+        state[name] = _copy(value, memo)
+    return copied
+
+
+_ways: dict[type, bool] = {}
+
+
+def _own_way(cls: type) -> bool:
+    """Whether a class, other than by ``nn.Module``'s own methods, says how it is copied."""
+    if cls not in _ways:
+        _ways[cls] = any(
+            name in vars(base) for base in cls.__mro__ if base not in (nn.Module, object) for name in _CUSTOM
+        )
+    return _ways[cls]
