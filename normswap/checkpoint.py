@@ -1,8 +1,7 @@
 """Checkpoints: read without running code, loaded with a count of what does not fit, written whole or not at all.
 
-Reads ``.pt`` and ``.pth`` (zip and legacy; ``weights_only=True`` always) and ``.safetensors``. A state dict may be nested in a training
-checkpoint, and its keys may carry the prefix of a wrapper.
-"""
+Reads ``.pt`` and ``.pth`` (zip and legacy; ``weights_only=True`` always) and ``.safetensors``. A state dict may be
+nested in a training checkpoint, and its keys may carry the prefix of a wrapper."""
 
 from __future__ import annotations
 
@@ -46,9 +45,8 @@ class Checkpoint:
 def read(path: str | Path) -> Checkpoint:
     """Read a checkpoint to the CPU. No code in it is run.
 
-    Raises :class:`NormswapError` for a path that is no file, another format, a damaged file, a file that needs code to be
-    read (naming the blocked types), and one that holds no tensors.
-    """
+    Raises :class:`NormswapError` for a path that is no file, another format, a damaged file, a file that needs code to
+    be read (naming the blocked types), and one that holds no tensors."""
     path = Path(path)
     if path.is_dir():
         raise NormswapError(f"{path} is a folder; name a .pt, .pth or .safetensors file in it")
@@ -123,9 +121,8 @@ def _state_dict(path: Path, loaded: Any) -> tuple[str | None, dict[str, Tensor]]
 def load(model: nn.Module, checkpoint: Checkpoint, *, partial: bool = False) -> list[str]:
     """Load a checkpoint's tensors into ``model``, in place, and return notes on what was done beyond that.
 
-    Keys may lack or carry one of :data:`PREFIXES`. Raises :class:`NormswapError`, with nothing loaded, when keys or shapes do not fit, with
-    counts and the first names; ``partial=True`` loads those that fit instead.
-    """
+    Keys may lack or carry one of :data:`PREFIXES`. Raises :class:`NormswapError`, with nothing loaded, when keys or
+    shapes do not fit, with counts and the first names; ``partial=True`` loads those that fit instead."""
     wanted = model.state_dict()
     tensors, notes = _fit_prefix(checkpoint.tensors, wanted)
     counters = [name for name in wanted if name not in tensors and name.endswith("num_batches_tracked")]
@@ -190,10 +187,9 @@ def write(
 ) -> None:
     """Write a state dict (or a model's) to ``path``, whole or not at all; dtypes are kept.
 
-    The suffix chooses the format: ``.safetensors``, which also takes ``metadata``, ``.pt`` or ``.pth``. Tensors that share memory are written each in
-    full to ``.safetensors``. Raises :class:`NormswapError` for an existing file without ``force``, for one of ``inputs``, a
-    folder, another suffix, and a disk that is full.
-    """
+    The suffix chooses the format: ``.safetensors``, which also takes ``metadata``, ``.pt`` or ``.pth``. Tensors that
+    share memory are written each in full to ``.safetensors``. Raises :class:`NormswapError` for an existing file
+    without ``force``, for one of ``inputs``, a folder, another suffix, and a disk that is full."""
     path = Path(path)
     state = tensors.state_dict() if isinstance(tensors, nn.Module) else dict(tensors)
     if path.suffix not in (".safetensors", ".pt", ".pth"):

@@ -8,7 +8,8 @@ class NormswapError(ValueError):
 
 
 class Refusal(Exception):
-    """Raised by a reader or a builder that cannot serve one norm; the engine turns it into a ``Skip`` with this reason."""
+    """Raised by a reader or a builder that cannot serve one norm; the engine turns it into a ``Skip`` with this
+    reason."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -59,7 +59,8 @@ class Norm:
     """Groups the channels are cut into; meaningful when ``channel`` is pooled."""
     channel_axis: Literal[1, -1] = 1
     shape: tuple[int, ...] | None = None
-    """Trailing axes normalized together when there are several, as in ``nn.LayerNorm((L, C))``; affine has this shape."""
+    """Trailing axes normalized together when there are several, as in ``nn.LayerNorm((L, C))``; affine has this
+    shape."""
     ranks: frozenset[int] | None = None
     """Numbers of input dimensions the norm accepts; ``None`` for any."""
     centred: bool = True
@@ -125,7 +126,8 @@ def epsilon(norm: Norm, dtype: torch.dtype) -> float:
 
 
 def scale_shift(norm: Norm) -> tuple[Tensor, Tensor] | None:
-    """``(s, t)`` in float64, each ``(channels,)``, of a norm that is a channel affine in eval mode; ``None`` for others."""
+    """``(s, t)`` in float64, each ``(channels,)``, of a norm that is a channel affine in eval mode; ``None`` for
+    others."""
     if not norm.has_statistics or (norm.gates is not None and not batch_gated(norm)):
         return None
     assert norm.running_mean is not None
@@ -259,7 +261,8 @@ def _same(a: Tensor | None, b: Tensor | None, neutral: float) -> bool:
 
 
 def _structure(norm: Norm) -> tuple[object, ...]:
-    """What the moments run over, in a form that is equal for equal functions (``group(1)`` and ``layer`` over a map)."""
+    """What the moments run over, in a form that is equal for equal functions (``group(1)`` and ``layer`` over a
+    map)."""
     pools, groups = norm.pools, norm.groups
     if norm.gates is not None:
         source = _gated(norm)
@@ -279,9 +282,9 @@ def _structure(norm: Norm) -> tuple[object, ...]:
 def exactness(source: Norm, target: Norm) -> Exactness:
     """How the eval-mode function of ``target`` relates to that of ``source``.
 
-    ``exact``: the same function (on one process). ``approximate``: another function, which calibration of the per-channel affine can bring
-    near. ``retrain``: another function with no affine to calibrate. Only mathematics counts: rounding does not.
-    """
+    ``exact``: the same function (on one process). ``approximate``: another function, which calibration of the
+    per-channel affine can bring near. ``retrain``: another function with no affine to calibrate. Only mathematics
+    counts: rounding does not."""
     if source.channels != target.channels:
         return "retrain"
     ours, theirs = scale_shift(source), scale_shift(target)

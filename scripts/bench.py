@@ -108,7 +108,7 @@ def bench_convert(repeats: int) -> list[str]:
     ours = median_time(lambda m: normswap.convert(m, "sync"), lambda: model, repeats)
     inplace = median_time(lambda m: normswap.convert(m, "sync", inplace=True), lambda: copy.deepcopy(model), repeats)
     lines = [
-        "| ResNet-152 to sync | median of %d, ms | ratio to torch's converter on a deep copy |" % repeats,
+        f"| ResNet-152 to sync | median of {repeats}, ms | ratio to torch's converter on a deep copy |",
         "|---|---|---|",
         f"| `convert_sync_batchnorm(copy.deepcopy(m))` | {copied * 1e3:.0f} | 1 |",
         f"| `normswap.convert(m, 'sync')` | {ours * 1e3:.0f} | {ours / copied:.2f} |",
@@ -143,8 +143,8 @@ def bench_convert(repeats: int) -> list[str]:
 
 
 LARGE = (
-    "resnet152", "densenet201", "regnet_y_16gf", "wide_resnet101_2", "efficientnet_v2_m", "inception_v3", "resnext101_32x8d",
-    "googlenet", "mnasnet1_3", "efficientnet_b4",
+    "resnet152", "densenet201", "regnet_y_16gf", "wide_resnet101_2", "efficientnet_v2_m", "inception_v3",
+    "resnext101_32x8d",     "googlenet", "mnasnet1_3", "efficientnet_b4",
 )  # fmt: skip
 
 

@@ -49,9 +49,8 @@ def carry(
 ) -> Callable[[], Callable[[], None]]:
     """Give ``built`` what ``source`` had: flags, followers, parametrizations, other children and attributes; in place.
 
-    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the hooks
-    over at the swap, which returns what hands them back.
-    """
+    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the
+    hooks over at the swap, which returns what hands them back."""
     _place(built, norm, home)
     _flags(built, norm)
     built.training = source.training

@@ -67,14 +67,14 @@ def plan_convert(
 ) -> Plan:
     """Plan the conversion of every norm of ``model`` to the kind ``to``; nothing is changed.
 
-    ``where`` and ``skip`` take a glob over dotted names, a list of globs, or ``f(name, norm) -> bool``. ``example_inputs``, a tuple of the
-    model's positional arguments, allows one observed run. ``init``: ``"copy"`` carries affine and statistics where the target has
-    them, ``"preserve"`` also chooses new parameters so that eval mode computes the same function (norms whose target cannot are skipped), ``"reset"`` starts
-    afresh. ``options`` are the kind's own (``groups=``, ``channels_per_group=``, ``over=``, ``gate_gap=`` ...).
+    ``where`` and ``skip`` take a glob over dotted names, a list of globs, or ``f(name, norm) -> bool``.
+    ``example_inputs``, a tuple of the model's positional arguments, allows one observed run. ``init``: ``"copy"``
+    carries affine and statistics where the target has them, ``"preserve"`` also chooses new parameters so that eval
+    mode computes the same function (norms whose target cannot are skipped), ``"reset"`` starts afresh. ``options`` are
+    the kind's own (``groups=``, ``channels_per_group=``, ``over=``, ``gate_gap=`` ...).
 
-    Raises :class:`NormswapError` for misuse: an unknown kind or option, a group count that does not divide, a ScriptModule,
-    inputs that the model does not run on, a glob that matches no norm.
-    """
+    Raises :class:`NormswapError` for misuse: an unknown kind or option, a group count that does not divide, a
+    ScriptModule, inputs that the model does not run on, a glob that matches no norm."""
     check_model(model)
     registry.builder(to)
     registry.check_options(to, options)
@@ -106,11 +106,12 @@ def convert(
     inplace: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Convert every norm of ``model`` to the kind ``to`` and return the model; see :func:`plan_convert` for the arguments.
+    """Convert every norm of ``model`` to the kind ``to`` and return the model; see :func:`plan_convert` for the
+    arguments.
 
-    Without ``inplace`` the input is not touched and a deep copy is returned. A norm that cannot be converted stays; the plan has the
-    reasons, the logger ``normswap`` has them at level INFO, and a warning is given when nothing changed at all.
-    """
+    Without ``inplace`` the input is not touched and a deep copy is returned. A norm that cannot be converted stays; the
+    plan has the reasons, the logger ``normswap`` has them at level INFO, and a warning is given when nothing changed at
+    all."""
     if inplace:
         target = model
     else:
@@ -277,7 +278,8 @@ def _prepare(change: Change, by_name: Mapping[str, Reference], model: nn.Module)
 def _fitting(norm: Norm, change: Change) -> Norm:
     if (norm.kind, norm.channels) != (change.source.kind, change.source.channels):
         raise NormswapError(
-            f"{change.name} is {norm}, but the plan was made for {change.source.kind} of {change.source.channels} channels"
+            f"{change.name} is {norm}, "
+            f"but the plan was made for {change.source.kind} of {change.source.channels} channels"
         )
     return replace(norm, ranks=change.source.ranks)
 

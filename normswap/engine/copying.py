@@ -1,8 +1,8 @@
 """A deep copy of a model, as ``copy.deepcopy`` makes it, several times faster.
 
-``copy.deepcopy`` spends most of its time on the dozen hook tables that every module has, nearly always empty. Modules that do not define how
-they are copied are copied here attribute by attribute; everything else goes through ``copy.deepcopy``, with one memo.
-"""
+``copy.deepcopy`` spends most of its time on the dozen hook tables that every module has, nearly always empty. Modules
+that do not define how they are copied are copied here attribute by attribute; everything else goes through
+``copy.deepcopy``, with one memo."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The dataflow of a model: its regions with the shapes in them, every call site of every module, every reader of a tensor.
+"""The dataflow of a model: its regions with the shapes in them, every call site of every module, every reader of a
+tensor.
 
-A region proves what happens inside it. That its insides are not also called from outside is shown by an observed run, which counts the real
-calls; without one, by the code of the modules around it, and in doubt the answer is no.
-"""
+A region proves what happens inside it. That its insides are not also called from outside is shown by an observed run,
+which counts the real calls; without one, by the code of the modules around it, and in doubt the answer is no."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Dataflow:
         count = 0 if ran is None else ran.count
         if count == shown:
             return None
-        return f"it ran {count} times on example_inputs, but the traced code shows {shown}: it is called from elsewhere too"
+        return f"it ran {count} times on example_inputs, the traced code shows {shown}: it is called from elsewhere"
 
     def _reached_from_outside(self, flow: Flow, target: str) -> str | None:
         """Whether code above a region that cannot be traced may call or read what is inside it."""
@@ -138,7 +138,9 @@ class Dataflow:
             found = reach(reference.module)
             if _touches(found, path, first, flow.region.module):
                 holder = above or "the model"
-                return f"the code of {holder}, which cannot be traced, may reach into {name}; pass example_inputs to settle it"
+                return (
+                    f"the code of {holder} cannot be traced and may reach into {name}; pass example_inputs to settle it"
+                )
         return None
 
 

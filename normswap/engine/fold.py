@@ -1,9 +1,8 @@
 """Fold: every norm with fixed statistics vanishes into the layers around it, or becomes one multiply-add.
 
 Backward first: the affine of a norm moves against the dataflow until linear layers absorb it on their output side. Then
-forward: along the dataflow, until all that read it absorb it on their input side. The guards are here, once: eval mode, single use, every
-call site of a layer, every user of its parameters, hooks.
-"""
+forward: along the dataflow, until all that read it absorb it on their input side. The guards are here, once: eval mode,
+single use, every call site of a layer, every user of its parameters, hooks."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ from torch.nn.utils import parametrize
 
 from normswap import registry
 from normswap.engine.carry import carry
-from normswap.engine.dataflow import Dataflow
 from normswap.engine.copying import copy_model
+from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Plan, Skip
 from normswap.engine.report import report
 from normswap.engine.select import Selector, check_globs, excluded
@@ -46,9 +45,8 @@ def plan_fold(
     """Plan how the norms with fixed statistics vanish into the layers around them; nothing is changed.
 
     ``where``, ``skip`` and ``example_inputs`` are as in :func:`normswap.plan_convert`. What no layer absorbs becomes a
-    :class:`normswap.norms.affine.ChannelAffine`, with the reason in its notes; with ``keep_batchnorm`` it stays and is a
-    ``Skip``. Raises :class:`NormswapError` for misuse.
-    """
+    :class:`normswap.norms.affine.ChannelAffine`, with the reason in its notes; with ``keep_batchnorm`` it stays and is
+    a ``Skip``. Raises :class:`NormswapError` for misuse."""
     check_model(model)
     return _plan(model, where, skip, example_inputs, keep_batchnorm)
 
@@ -460,9 +458,8 @@ def apply_fold(
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Make the folds in place; returns the model and what undoes them, bit for bit.
 
-    An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand. Either way the
-    model computes what it did.
-    """
+    An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand.
+    Either way the model computes what it did."""
     found = references(model)
     by_name = {name: reference for reference in found.values() for name in reference.names}
     undo: list[Callable[[], None]] = []

@@ -54,7 +54,8 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
             if child not in keys:
                 continue
             if not hasattr(built, attribute):
-                return f"{type(parent).__name__}.forward reads its {attribute!r}, which {type(built).__name__} does not have"
+                reader = f"{type(parent).__name__}.forward"
+                return f"{reader} reads its {attribute!r}, which {type(built).__name__} does not have"
             if (
                 not same
                 and attribute not in ("eps", "num_features", "normalized_shape")
@@ -67,7 +68,8 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
 
 
 def fast_paths(parents: tuple[nn.Module, ...]) -> tuple[Callable[[], None] | None, str | None]:
-    """Switch off the fused inference kernel of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever its children are.
+    """Switch off the fused inference kernel of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever its
+    children are.
 
     Returns what switches it on again and a note, or two ``None`` where there is nothing to switch.
     """
@@ -97,9 +99,7 @@ def wrapper_notes(model: nn.Module) -> tuple[str, ...]:
     notes = []
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            notes.append(
-                "wrapped in DistributedDataParallel: its reducer holds the old parameters; convert first, then wrap again"
-            )
+            notes.append("wrapped in DistributedDataParallel: its reducer holds the old parameters; convert first")
         elif isinstance(module, DataParallel):
             notes.append("wrapped in DataParallel: looked through; replicas are made from the converted module")
         elif type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from normswap.engine.plan import Change
+from normswap.spec import Norm
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,16 @@ class Remapped:
 
 
 def remap(
-    optimizer: torch.optim.Optimizer, model: nn.Module, twins: dict[int, nn.Parameter], changes: Sequence[Change]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    twins: dict[int, nn.Parameter],
+    norms: Sequence[tuple[str, Norm]],
 ) -> Remapped:
     """Rewrite ``optimizer.param_groups`` and ``state`` for ``model``; ``twins`` maps old parameters to their copies."""
     alive = {id(parameter) for parameter in model.parameters()}
     known = {id(twin) for twin in twins.values()}
     homes: dict[str, int] = {}
-    names = {id(twin): name for name, twin in _norm_parameters(changes, twins)}
+    names = {id(twin): name for name, twin in _norm_parameters(norms, twins)}
     kept = dropped = added = 0
     for index, group in enumerate(optimizer.param_groups):
         parameters = []
@@ -50,7 +51,7 @@ def remap(
     for name, parameter in model.named_parameters():
         if id(parameter) in known or id(parameter) in held:
             continue
-        owner = next((c.name for c in changes if name.startswith(f"{c.name}.") or not c.name), None)
+        owner = next((norm for norm, _ in norms if name.startswith(f"{norm}.") or not norm), None)
         if owner is not None and owner in homes:
             optimizer.param_groups[homes[owner]]["params"].append(parameter)
             added += 1
@@ -66,10 +67,12 @@ def _rename(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             group["param_names"] = [names.get(id(parameter), "") for parameter in group["params"]]
 
 
-def _norm_parameters(changes: Sequence[Change], twins: dict[int, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+def _norm_parameters(
+    norms: Sequence[tuple[str, Norm]], twins: dict[int, nn.Parameter]
+) -> list[tuple[str, nn.Parameter]]:
     found = []
-    for change in changes:
-        for tensor in change.source.tensors.values():
+    for name, norm in norms:
+        for tensor in norm.tensors.values():
             if id(tensor) in twins:
-                found.append((change.name, twins[id(tensor)]))
+                found.append((name, twins[id(tensor)]))
     return found

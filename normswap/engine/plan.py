@@ -146,10 +146,10 @@ class Plan:
     def apply(self, inplace: bool = False, *, undoable: bool = True) -> nn.Module:
         """Make the changes and return the model: a deep copy, or the model itself with ``inplace=True``.
 
-        All or nothing: on an error the model is as it was. When the model's root is itself a norm, its replacement is returned. Raises
-        :class:`NormswapError` when the model cannot be copied or no longer fits the plan. A fold applied with ``undoable=False`` frees the old
-        weights as it goes; an error then leaves a model that computes the same and is folded in part.
-        """
+        All or nothing: on an error the model is as it was. When the model's root is itself a norm, its replacement is
+        returned. Raises :class:`NormswapError` when the model cannot be copied or no longer fits the plan. A fold
+        applied with ``undoable=False`` frees the old weights as it goes; an error then leaves a model that computes the
+        same and is folded in part."""
         if self.apply_changes is None:
             raise NormswapError("this plan was read from JSON and has no model: use apply_recipe(model, recipe)")
         if self.applied is not None and self.applied.model is self.model:
@@ -202,7 +202,8 @@ class Plan:
         """
         if self.applied is None:
             raise NormswapError("apply the plan first: there is no result yet to move the optimizer to")
-        return remap(optimizer, self.applied.model, self.applied.twins, self.changes)
+        norms = [(change.name, change.source) for change in self.changes]
+        return remap(optimizer, self.applied.model, self.applied.twins, norms)
 
     def __str__(self) -> str:
         counts = f"{len(self.changes)} changes, {len(self.skips)} skipped"

@@ -23,9 +23,8 @@ from normswap.spec import exactness
 def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool = False) -> nn.Module:
     """Make the changes of ``plan.recipe`` on a model and return it (a deep copy unless ``inplace``).
 
-    Every step must find its norm, of the kind and channels it was written for; if one does not, nothing is changed. Raises
-    :class:`NormswapError` then, and for a recipe that is malformed or of a newer format.
-    """
+    Every step must find its norm, of the kind and channels it was written for; if one does not, nothing is changed.
+    Raises :class:`NormswapError` then, and for a recipe that is malformed or of a newer format."""
     check_model(model)
     steps = _steps(recipe)
     target = model if inplace else copy_model(model)
@@ -97,7 +96,8 @@ def _change(step: Mapping[str, Any], sites: Mapping[str, Site]) -> Change:
         )
     if (site.norm.kind, site.norm.channels) != (step["source"]["kind"], step["source"]["channels"]):
         raise NormswapError(
-            f"{name} is {site.norm}, but the recipe was made for {step['source']['kind']} of {step['source']['channels']} channels"
+            f"{name} is {site.norm}, "
+            f"but the recipe was made for {step['source']['kind']} of {step['source']['channels']} channels"
         )
     registry.check_options(step["to"], step["options"])
     ranks = step.get("ranks")

@@ -1,4 +1,5 @@
-"""What ``convert`` and ``fold``, which return only the model, say of the norms that stayed: by the logger ``normswap``."""
+"""What ``convert`` and ``fold``, which return only the model, say of the norms that stayed: by the logger
+``normswap``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def check_model(model: Any) -> None:
     """Raise :class:`NormswapError` for what is no model that can be operated on."""
     if isinstance(model, torch.jit.ScriptModule):
         raise NormswapError(
-            "a ScriptModule's code is compiled and cannot be changed: convert the Python module, then call torch.jit.script again"
+            "a ScriptModule's code is compiled and cannot be changed: convert the Python module, then script it again"
         )
     if isinstance(model, torch.export.ExportedProgram):
         raise NormswapError("this is an ExportedProgram: pass program.module()")
@@ -65,9 +65,8 @@ def check_model(model: Any) -> None:
 def find(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> list[Site]:
     """List every place where a normalization runs in ``model``: modules under all their names, and functional calls.
 
-    ``example_inputs`` (a tuple of the model's positional arguments) allows one observed run, which adds shapes and finds what
-    code analysis cannot. Raises :class:`NormswapError` for a ScriptModule or when the run fails.
-    """
+    ``example_inputs`` (a tuple of the model's positional arguments) allows one observed run, which adds shapes and
+    finds what code analysis cannot. Raises :class:`NormswapError` for a ScriptModule or when the run fails."""
     check_model(model)
     observation = None if example_inputs is None else observe(model, example_inputs)
     return survey(references(model), observation)
@@ -106,7 +105,7 @@ def _of_reference(reference: Reference) -> list[Site]:
             return [Site(name, None, module, refusal.reason, aliases)]
         reason = None
         if reference.captured is not None:
-            reason = f"{reference.captured} also holds it in a closure, method or object, where a replacement would not be seen"
+            reason = f"{reference.captured} also holds it in a closure or object, where a replacement would not be seen"
         return [Site(name, norm, module, reason, aliases)]
     sites = _functional(reference)
     if not sites and _looks_like_a_norm(module):
@@ -188,6 +187,7 @@ def _observed(sites: list[Site], found: dict[int, Reference], observation: Obser
 
 
 def _spread(sites: list[Site], shapes: list[tuple[int, ...]]) -> None:
-    """Give the calls seen in one module to its functional sites, in order; a module run k times has k rounds of them."""
+    """Give the calls seen in one module to its functional sites, in order; a module run k times has k rounds of
+    them."""
     for position, site in enumerate(sites):
         site.shapes = tuple(shapes[position :: len(sites)]) if len(shapes) % len(sites) == 0 else tuple(shapes)

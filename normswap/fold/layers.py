@@ -2,14 +2,14 @@ r"""Layer rules: how a linear layer absorbs a channel affine, on its output side
 
 For :math:`y = W x + b` with a kernel W:
 
-- output side, :math:`s\,y + t`: :math:`W \leftarrow s \cdot W` along the output channels, :math:`b \leftarrow s\,b + t`;
-- input side, :math:`W (s\,x + t) + b`: :math:`W \leftarrow W \cdot s` along the input channels, :math:`b \leftarrow b + \sum W t` over
-  input channels and kernel.
+- output side, :math:`s\,y + t`: :math:`W \leftarrow s \cdot W` along the output channels, :math:`b \leftarrow s\,b +
+  t`;
+- input side, :math:`W (s\,x + t) + b`: :math:`W \leftarrow W \cdot s` along the input channels, :math:`b \leftarrow b +
+  \sum W t` over input channels and kernel.
 
-The input side of a padded convolution sees the affine's shift in the interior but zeros in the padding, so it is exact only where
-:math:`t = 0`, nothing is padded, or the padding is made of data (reflect, replicate, circular). A transposed convolution spreads t
-unevenly over its output unless its kernel has one element.
-"""
+The input side of a padded convolution sees the affine's shift in the interior but zeros in the padding, so it is exact
+only where :math:`t = 0`, nothing is padded, or the padding is made of data (reflect, replicate, circular). A transposed
+convolution spreads t unevenly over its output unless its kernel has one element."""
 
 from __future__ import annotations
 
@@ -101,9 +101,8 @@ _CHUNK = 1 << 18  # elements of a kernel held in float64 at a time
 def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[], None]:
     """Fold an affine into a layer's weight and bias, in place; returns what restores them, bit for bit.
 
-    Arithmetic is in float64, by parts of the kernel, cast once. Raises :class:`NormswapError` when a finite weight would
-    become non-finite, with the layer unchanged.
-    """
+    Arithmetic is in float64, by parts of the kernel, cast once. Raises :class:`NormswapError` when a finite weight
+    would become non-finite, with the layer unchanged."""
     weight: nn.Parameter = module.weight
     bias: nn.Parameter | None = module.bias
     scale, shift = affine.scale.to(weight.device), affine.shift.to(weight.device)

@@ -1,6 +1,7 @@
 r"""Passage rules: how a channel affine crosses an operation.
 
-*Backward*: the affine stands behind an operation; what must stand in front of it instead. *Forward*: it stands in front; what stands behind.
+*Backward*: the affine stands behind an operation; what must stand in front of it instead. *Forward*: it stands in
+front; what stands behind.
 
 ==========================================  =====================================================================
 operation                                   rule
@@ -9,7 +10,7 @@ identity, dropout and drop path in eval     unchanged
 permute, transpose, flatten, reshape ...    the channel axis moves, where operations or seen shapes prove where to
 concatenation along channels                cut (backward); extended by the identity (forward)
 split, chunk along channels                 extended by the identity (backward); cut (forward)
-average pooling, mean, interpolation        commute: their weights sum to 1. Zero padding that is counted: only where t = 0
+average pooling, mean, interpolation        commute: weights sum to 1. Zero padding that is counted: only where t = 0
 max pooling                                 commutes where s ≥ 0
 zero padding                                only where t = 0; reflect, replicate, circular: always
 a + b                                       backward: (s, t) to a and (s, 0) to b

@@ -1,8 +1,8 @@
-"""What a region's graph says about the input of a norm, without running it: its rank, and whether it has one position only.
+"""What a region's graph says about the input of a norm, without running it: its rank, and whether it has one position
+only.
 
-Walks back from the norm through operations with one input to one that settles the question: a convolution fixes the rank, pooling to size 1 leaves one
-position, a linear layer whose outputs are the norm's channels means ``(N, C)``.
-"""
+Walks back from the norm through operations with one input to one that settles the question: a convolution fixes the
+rank, pooling to size 1 leaves one position, a linear layer whose outputs are the norm's channels means ``(N, C)``."""
 
 from __future__ import annotations
 

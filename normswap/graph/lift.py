@@ -1,10 +1,10 @@
 """Functional norms become modules, in the one module whose own ``forward`` calls them.
 
-That ``forward`` is traced with every child as a leaf, once in train and once in eval mode; the norm calls are read from the graphs. Lifting puts a
-module where each call was and gives the object a ``forward`` generated from the two graphs. The object itself stays: its
-children, other parameters, hooks and aliases are untouched, and its class becomes a subclass of the user's (of ``nn.Module``
-where the user's class is itself a norm, which it no longer computes). A ``GraphModule`` has its graph edited.
-"""
+That ``forward`` is traced with every child as a leaf, once in train and once in eval mode; the norm calls are read from
+the graphs. Lifting puts a module where each call was and gives the object a ``forward`` generated from the two graphs.
+The object itself stays: its children, other parameters, hooks and aliases are untouched, and its class becomes a
+subclass of the user's (of ``nn.Module`` where the user's class is itself a norm, which it no longer computes). A
+``GraphModule`` has its graph edited."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass
 class Call:
-    """One functional norm in a ``forward``: the name its module would get, and its ``Norm`` or the reason there is none."""
+    """One functional norm in a ``forward``: the name its module would get, and its ``Norm`` or the reason there is
+    none."""
 
     name: str
     norm: Norm | None
@@ -41,7 +42,8 @@ class Call:
     nodes: dict[bool, fx.Node]
     """Its node in the train-mode (``True``) and the eval-mode (``False``) graph."""
     holder: nn.Module | None = None
-    """The submodule called ``name`` that only holds this norm's tensors, if there is one: the new module takes its place."""
+    """The submodule called ``name`` that only holds this norm's tensors, if there is one: the new module takes its
+    place."""
 
 
 @dataclass
@@ -297,7 +299,8 @@ _ADDS: tuple[Any, ...] = ("add_", torch.ops.aten.add_.Tensor)
 
 
 def _drop_counters(graph: fx.Graph, holders: set[str] | None) -> None:
-    """A norm's batch counter, ``num_batches_tracked.add_(1)``, goes: the new module counts itself; only in ``holders``."""
+    """A norm's batch counter, ``num_batches_tracked.add_(1)``, goes: the new module counts itself; only in
+    ``holders``."""
     for node in reversed(graph.nodes):
         if node.target in _ADDS and not node.users:
             source = node.args[0]

@@ -1,8 +1,7 @@
 """An observed run: one real call that counts how often each module runs and on what shapes.
 
-The run is in eval mode, without gradients, on the model itself; buffers, train/eval flags and the random state are put back. It speaks for the path
-that these inputs take, so what rests on it is marked ``observed``.
-"""
+The run is in eval mode, without gradients, on the model itself; buffers, train/eval flags and the random state are put
+back. It speaks for the path that these inputs take, so what rests on it is marked ``observed``."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ class Calls:
 
 @dataclass
 class Observation:
-    """What one run showed: calls by module ``id``, and functional norm calls by the ``id`` of the module they stand in."""
+    """What one run showed: calls by module ``id``, and functional norm calls by the ``id`` of the module they stand
+    in."""
 
     modules: dict[int, Calls] = field(default_factory=dict)
     functions: dict[int, list[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
@@ -86,6 +86,10 @@ class _Functions(TorchFunctionMode):
             self.inside = False
 
 
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def observe(model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable[nn.Module] = ()) -> Observation:
     """Run ``model(*example_inputs)`` once and record its calls, and what ``watched`` modules took and gave.
 
@@ -124,9 +128,7 @@ def observe(model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable
         raise
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in example_inputs if isinstance(a, Tensor))
-        raise NormswapError(
-            f"the model does not run on example_inputs ({shapes}): {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        raise NormswapError(f"the model does not run on example_inputs ({shapes}): {_first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

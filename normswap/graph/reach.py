@@ -1,10 +1,9 @@
 """What the code of a module's ``forward`` can reach, read from its bytecode without running it.
 
-Two questions are answered, per class and once: may this ``forward`` call a norm *function* (then it is worth tracing), and
-which attributes of its children does it read (``self.norm1.weight``: then the child is more than a callable, and a
+Two questions are answered, per class and once: may this ``forward`` call a norm *function* (then it is worth tracing),
+and which attributes of its children does it read (``self.norm1.weight``: then the child is more than a callable, and a
 replacement must have that attribute too). Calls are followed through methods, helper functions, closures and containers
-of functions. The answer errs on the side of yes.
-"""
+of functions. The answer errs on the side of yes."""
 
 from __future__ import annotations
 
@@ -196,7 +195,8 @@ def _of_code(
 
 
 def _handles(instructions: list[dis.Instruction], index: int) -> bool:
-    """Whether the attribute of ``self`` loaded here is used as a value: not called, not compared with None, not read from."""
+    """Whether the attribute of ``self`` loaded here is used as a value: not called, not compared with None, not read
+    from."""
     here, behind = instructions[index], [i.opname for i in instructions[index + 1 : index + 4]]
     if here.opname == "LOAD_METHOD" or (
         here.opname == "LOAD_ATTR" and sys.version_info >= (3, 12) and here.arg and here.arg & 1

@@ -1,9 +1,9 @@
 """Every place that refers to a module: child slots under any name, and plain lists, tuples and dicts.
 
-``setattr`` on one parent misses the second name of a shared module and the Python list that a ``forward`` iterates. Here a module
-is replaced at all of its slots. What holds a module in another way (a closure, a bound method, a set) is found too, so that such a module is left
-alone. Registered children come first: a module is known by the name it has in ``state_dict``.
-"""
+``setattr`` on one parent misses the second name of a shared module and the Python list that a ``forward`` iterates.
+Here a module is replaced at all of its slots. What holds a module in another way (a closure, a bound method, a set) is
+found too, so that such a module is left alone. Registered children come first: a module is known by the name it has in
+``state_dict``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Reference:
     slots: list[Slot] = field(default_factory=list)
     parents: list[nn.Module] = field(default_factory=list)
     captured: str | None = None
-    """The name of a module that holds this one where it cannot be replaced: in a closure, a bound method, a set, an object."""
+    """The name of a module that holds this one where it cannot be replaced: in a closure, a bound method, a set, an
+    object."""
 
     @property
     def name(self) -> str:

@@ -1,8 +1,7 @@
 """Shapes of a region's values: seen in a run, or inferred from the operations without one.
 
-An inferred dimension is a number where an operation fixes it and a :class:`Symbol` otherwise; equal symbols are equal sizes. A shape is
-``None`` where not even the rank is known. What an operation does not prove is not assumed.
-"""
+An inferred dimension is a number where an operation fixes it and a :class:`Symbol` otherwise; equal symbols are equal
+sizes. A shape is ``None`` where not even the rank is known. What an operation does not prove is not assumed."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Running or tracing a model without leaving a mark on it.
 
-A ``forward`` may store what it computes (a cache of attention biases, a counter): traced, it would store proxies in the user's model. It may draw
-random numbers. Attributes, the contents of plain containers and the random states are put back, and what was done is told: a ``forward``
-generated from the trace would not do it.
-"""
+A ``forward`` may store what it computes (a cache of attention biases, a counter): traced, it would store proxies in the
+user's model. It may draw random numbers. Attributes, the contents of plain containers and the random states are put
+back, and what was done is told: a ``forward`` generated from the trace would not do it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Regions: the largest parts of a model that FX can trace on their own, with norms and linear layers as leaves.
 
-A module whose ``forward`` cannot be traced inside a traceable parent becomes an opaque leaf there and is tried as a region of its own; its
-parent's graph goes on. So one control-flow statement costs one module its dataflow, not the model.
-"""
+A module whose ``forward`` cannot be traced inside a traceable parent becomes an opaque leaf there and is tried as a
+region of its own; its parent's graph goes on. So one control-flow statement costs one module its dataflow, not the
+model."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def check_default(given: Any, default: Any, name: str) -> None:
     if isinstance(given, Tensor) or given != default:
         shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
         raise NormswapError(
-            f"{name}={shown}: a functional norm was replaced in this forward, which now holds for {name}={default!r} only; "
+            f"{name}={shown}: a functional norm was replaced here, and the forward now holds for {name}={default!r} only; "
             "convert the model with skip= for that norm"
         )
 

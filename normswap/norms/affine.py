@@ -1,8 +1,7 @@
 """What is left of a norm with fixed statistics that no layer absorbs: ``y = s·x + t`` per channel, one multiply-add.
 
-The form is the fastest measured (``scripts/bench.py fold``): one fused ``addcmul`` where the channels are the fastest axis in memory, a multiply and an
-in-place add elsewhere.
-"""
+The form is the fastest measured (``scripts/bench.py fold``): one fused ``addcmul`` where the channels are the fastest
+axis in memory, a multiply and an in-place add elsewhere."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ RANKS: dict[type, frozenset[int]] = {
 
 
 class BatchNorm(_BatchNorm):
-    """``nn.BatchNorm`` for an input ``(N, C, *S)`` of any rank of at least 2, where the rank is not known beforehand."""
+    """``nn.BatchNorm`` for an input ``(N, C, *S)`` of any rank of at least 2, where the rank is not known
+    beforehand."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -23,7 +23,8 @@ RANKS: dict[type, frozenset[int]] = {
 
 
 class InstanceNorm(_InstanceNorm):
-    """``nn.InstanceNorm`` for an input ``(N, C, *S)`` of any rank of at least 3, where the rank is not known beforehand."""
+    """``nn.InstanceNorm`` for an input ``(N, C, *S)`` of any rank of at least 3, where the rank is not known
+    beforehand."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 3:

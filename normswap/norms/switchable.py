@@ -6,15 +6,15 @@ With softmax weights :math:`\lambda` for means and :math:`\lambda'` for variance
 .. math::  y = \frac{x - \sum_k \lambda_k m_k}{\sqrt{\sum_k \lambda'_k v_k + \varepsilon}} \; w + b .
 
 All variances are biased. Instance moments of shape (N, C) are taken from the input once; by the law of total variance
-the others follow from them, without cancellation:
-:math:`m_L = \overline{m_I}`, :math:`v_L = \overline{v_I} + \overline{(m_I - m_L)^2}`, the mean being over channels; for batch it is
-over samples. In eval mode the batch moments are moving averages.
+the others follow from them, without cancellation: :math:`m_L = \overline{m_I}`, :math:`v_L = \overline{v_I} +
+\overline{(m_I - m_L)^2}`, the mean being over channels; for batch it is over samples. In eval mode the batch moments
+are moving averages.
 
 **Preserve.** To compute what a BatchNorm computed, its source's gate is set ``gate_gap`` above the others, which leaves
-:math:`2 e^{-g}` of weight outside. A gate that is fully shut has no gradient: the gradient of the other gates shrinks with the same
-:math:`e^{-g}`. The default 16 leaves 2.3e-7, the rounding of float32, and a gradient of about 1e-7 times the open one, which Adam-like
-optimizers (scale-free) still follow and plain SGD hardly does; 8 moves the function by some 7e-4 and trains with SGD.
-"""
+:math:`2 e^{-g}` of weight outside. A gate that is fully shut has no gradient: the gradient of the other gates shrinks
+with the same :math:`e^{-g}`. The default 16 leaves 2.3e-7, the rounding of float32, and a gradient of about 1e-7 times
+the open one, which Adam-like optimizers (scale-free) still follow and plain SGD hardly does; 8 moves the function by
+some 7e-4 and trains with SGD."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ GATE_GAP = 16.0
 class SwitchableNorm(nn.Module):
     """Switchable normalization of ``(N, C, *S)``, any rank of at least 2.
 
-    Parameters ``weight``, ``bias`` of shape ``(num_features,)`` and the logits ``mean_gate``, ``var_gate`` of shape ``(3,)`` in the
-    order instance, layer, batch; buffers as in ``nn.BatchNorm2d``. On ``(N, C)`` an instance is a single value, so the
-    mixture is of layer and batch alone. ``momentum`` is torch's: the weight of the new batch; ``None`` for a cumulative mean.
-    """
+    Parameters ``weight``, ``bias`` of shape ``(num_features,)`` and the logits ``mean_gate``, ``var_gate`` of shape
+    ``(3,)`` in the order instance, layer, batch; buffers as in ``nn.BatchNorm2d``. On ``(N, C)`` an instance is a
+    single value, so the mixture is of layer and batch alone. ``momentum`` is torch's: the weight of the new batch;
+    ``None`` for a cumulative mean."""
 
     dims: frozenset[int] | None = None
     weight: Tensor | None

@@ -2,9 +2,8 @@ r"""Synchronised batch normalization: ``nn.SyncBatchNorm``, which here also trai
 
 torch's class accepts only accelerator tensors when it synchronises. The subclass leaves those to torch and, for every
 other device and backend (gloo), pools the moments with differentiable all-reduces, in two steps so that the variance
-suffers no cancellation: first :math:`m = \sum x / n`, then :math:`v = \sum (x - m)^2 / n`, both sums over all processes.
-Batches may differ in size; a process may have none.
-"""
+suffers no cancellation: first :math:`m = \sum x / n`, then :math:`v = \sum (x - m)^2 / n`, both sums over all
+processes. Batches may differ in size; a process may have none."""
 
 from __future__ import annotations
 

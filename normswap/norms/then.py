@@ -1,8 +1,7 @@
 """A norm and what follows it (drop, activation) in one module, with the norm's parameters under their own names.
 
-``bn1.weight`` of a BatchNorm-with-activation stays ``bn1.weight``: the built norm's class is extended by one that runs the
-named submodules afterwards. Such a class is made on demand; copying and pickling go by its base class.
-"""
+``bn1.weight`` of a BatchNorm-with-activation stays ``bn1.weight``: the built norm's class is extended by one that runs
+the named submodules afterwards. Such a class is made on demand; copying and pickling go by its base class."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """timm: norms with drop and activation, ``LayerNorm2d``, and the RMS and Simple families.
 
-``SimpleNorm`` divides by the (unbiased) standard deviation without subtracting the mean. The ``Fp32`` classes compute in
-float32 whatever their input's dtype.
-"""
+``SimpleNorm`` divides by the (unbiased) standard deviation without subtracting the mean. The ``Fp32`` classes compute
+in float32 whatever their input's dtype."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """transformers: its RMSNorm classes, of which some scale by ``weight`` and some by ``1 + weight``.
 
 Nearly every model has a class of its own, alike in name and not in meaning, so the meaning is measured: a copy of the
-module with random weights runs on a small random input and is compared with the oracle for each reading. No reading that fits
-means a refusal.
-"""
+module with random weights runs on a small random input and is compared with the oracle for each reading. No reading
+that fits means a refusal."""
 
 from __future__ import annotations
 
