@@ -37,13 +37,14 @@ check: $(VENV)/.test  ## lint, formatting, types
 	$(BIN)/mypy
 
 zoo: $(VENV)/.test  ## convert the models of torchvision and timm, into docs/zoo.md
-	$(BIN)/python scripts/zoo.py
+	$(BIN)/python scripts/zoo.py convert
 
-bench: $(VENV)/.test  ## measure time and memory
+bench: $(VENV)/.test  ## measure time and memory against named peers
 	$(BIN)/python scripts/bench.py convert
+	$(BIN)/python scripts/bench.py fold
 
-fuzz: $(VENV)/.test  ## the property tests again, with new random cases
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-seed=random
+fuzz: $(VENV)/.test  ## the property tests alone, on new random cases at every run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m hypothesis
 
 clean:  ## remove what the targets made, the environment too
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -271,6 +271,9 @@ def fold(
         bool | None,
         typer.Option("--verify/--no-verify", help="Compare with the original first; on when --input is given."),
     ] = None,
+    keep_batchnorm: Annotated[
+        bool, typer.Option("--keep-batchnorm", help="Leave what no layer absorbs, instead of a multiply-add.")
+    ] = False,
     partial: Partial = False,
     replay: Replay = True,
     dry_run: DryRun = False,
@@ -283,7 +286,9 @@ def fold(
     source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with _working("planning"):
-        plan = engine.plan_fold(source.model, example_inputs=example, **_selectors(where, skip, kind))
+        plan = engine.plan_fold(
+            source.model, example_inputs=example, keep_batchnorm=keep_batchnorm, **_selectors(where, skip, kind)
+        )
     _check_kinds(plan, kind)
     check_on = None if verify is False else example
     _carry_out(plan, source, output, dry_run=dry_run, as_json=as_json, force=force, check_on=check_on)

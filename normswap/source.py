@@ -50,7 +50,12 @@ def load_source(model: nn.Module, path: Path | None, *, partial: bool = False, r
         source.model = engine.apply_recipe(source.model, recipe, inplace=True)
     if source.recipes:
         source.notes.append(f"{path}: replayed {_count(len(source.recipes), 'recipe')} on the model")
-    source.notes += checkpoint.load(source.model, read, partial=partial)
+    try:
+        source.notes += checkpoint.load(source.model, read, partial=partial)
+    except NormswapError as error:
+        if not source.recipes:
+            raise
+        raise NormswapError(f"{error}. Its recipe was replayed first; --no-recipe leaves that aside") from error
     source.model.eval()
     return source
 

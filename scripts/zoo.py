@@ -445,8 +445,8 @@ def convert_page(rows: list[dict[str, Any]], kinds: list[str], command: str) -> 
         f"Opacus' fix left batch norms running in {sum(cell['left'] > 0 for cell in opacus)} models, in {said} of "
         f"which its `is_valid` says True, and reset affines in {sum(cell['reset'] > 0 for cell in opacus)}. (Its "
         "layers are float32; they were cast to the model's float64 before the run.)",
-        "`convert_sync_batchnorm` is wrong where the output differs by more than 1e-9 or a batch norm is left, Opacus' fix "
-        "where a batch norm still runs or an affine was reset.",
+        "`convert_sync_batchnorm` is wrong where the output differs by more than 1e-9 or a batch norm is left, Opacus' "
+        "fix where a batch norm still runs or an affine was reset.",
         "`norms`: norm modules, and modules that call a norm function, that ran. `calls`: batch norms that ran. A "
         "number after `ok` is the relative error.",
     ]

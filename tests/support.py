@@ -1,4 +1,5 @@
-"""Checks shared by the tests: random parameters and statistics, the oracle, round trips, and an exact picture of a model."""
+"""Checks shared by the tests: random parameters and statistics, the oracle, round trips, and an exact picture of a
+model."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ def check_reader(module: nn.Module, x: Tensor) -> None:
 
 def check_state_dict(module: nn.Module, norm: Norm, kind: str, x: Tensor, **options: Any) -> None:
     """The state of a built module loads into one built from a fresh norm, which then computes the same."""
-    other = registry.builder(kind)(fresh(norm), **options)
+    other = registry.builder(kind)(fresh(norm), **options).to(x.dtype)
     assert list(other.state_dict()) == list(module.state_dict())
     other.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()}, strict=True)
     assert torch.equal(other.eval()(x), module.eval()(x))

@@ -55,6 +55,13 @@ def mixed():
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GroupNorm(2, 8))
 
 
+def lonely():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    for norm in (model[0], model[3]):
+        nn.init.normal_(norm.running_mean)
+    return model
+
+
 def chatty():
     print("building")
     return Net()
@@ -380,6 +387,17 @@ class TestBadInput:
         assert "--no-recipe" in run("inspect", tmp_path / "net.pt", status=2).stderr
         run("inspect", tmp_path / "net.pt", "--no-recipe")
 
+    def test_checkpoint_replaced_under_its_recipe(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out.pt"
+        run("convert", folder / "net.pt", "--to", "switchable", "-o", out)
+        out.write_bytes((folder / "net.pt").read_bytes())
+        message = run("inspect", out, status=2).stderr
+        assert "mean_gate" in message
+        assert "--no-recipe" in message
+        run("inspect", out, "--no-recipe")
+
     def test_no_norm_found(self, run: Callable[..., Result]) -> None:
         result = run("convert", "--to", "group", "--dry-run", model="bare", status=2)
         assert "no normalization found" in result.stderr
@@ -423,6 +441,16 @@ class TestFold:
         result = run("fold", folder / "net.pt", "--input", "2x3x6x6", "-o", tmp_path / "folded.pt", status=1)
         assert "is not written" in result.stderr
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(("flags", "left"), [([], "affine"), (["--keep-batchnorm"], "batch")])
+    def test_what_no_layer_absorbs(
+        self, run: Callable[..., Result], tmp_path: Path, flags: list[str], left: str
+    ) -> None:
+        torch.manual_seed(0)
+        out = tmp_path / "folded.pt"
+        run("fold", "--input", "2x3x6x6", "-o", out, *flags, model="lonely")
+        (site,) = json.loads(run("inspect", out, "--json", model="lonely").stdout)["sites"]
+        assert (site["name"], site["kind"]) == ("0", left)
 
 
 class TestExportAndVerify:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ def build(norm: Norm, kind: str, options: dict[str, Any], init: str) -> nn.Modul
 
 
 def carry(
-    source: nn.Module, built: nn.Module, norm: Norm, home: nn.Module | None = None
+    source: nn.Module, built: nn.Module, norm: Norm, homes: Iterable[nn.Module] = ()
 ) -> Callable[[], Callable[[], None]]:
     """Give ``built`` what ``source`` had: flags, followers, parametrizations, other children and attributes; in place.
 
-    ``home``, a module nearby, lends device and dtype to a replacement of a norm without tensors. Returns what hands the
+    ``homes``, modules around it from near to far, lend device and dtype to a replacement of a norm without tensors. Returns what hands the
     hooks over at the swap, which returns what hands them back."""
-    _place(built, norm, home)
+    _place(built, norm, homes)
     _flags(built, norm)
     built.training = source.training
     children = {name: child for name, child in source._modules.items() if child is not None}
@@ -85,10 +86,11 @@ def carry(
     return hand_over_hooks
 
 
-def _place(built: nn.Module, norm: Norm, home: nn.Module | None) -> None:
-    if norm.tensors or home is None:
+def _place(built: nn.Module, norm: Norm, homes: Iterable[nn.Module]) -> None:
+    if norm.tensors:
         return
-    for tensor in home.parameters():
+    tensors = (tensor for home in homes for tensor in chain(home.parameters(), home.buffers()))
+    for tensor in tensors:
         if tensor.is_floating_point():
             built.to(device=tensor.device, dtype=tensor.dtype)
             return
@@ -129,9 +131,10 @@ def _other_tensors(source: nn.Module, built: nn.Module, norm: Norm) -> None:
 def _computed(source: nn.Module, built: nn.Module) -> None:
     """A plain tensor attribute in a parameter's place, which a hook computes before each call (pruning), stays one."""
     for name in _TENSOR_NAMES & vars(source).keys():
-        for table in (built._parameters, built._buffers):
-            if table.pop(name, None) is not None:
-                setattr(built, name, vars(source)[name])
+        if isinstance(vars(source)[name], Tensor) and getattr(built, name, None) is not None:
+            built._parameters.pop(name, None)
+            built._buffers.pop(name, None)
+            setattr(built, name, vars(source)[name])
 
 
 def _attributes(source: nn.Module, built: nn.Module) -> None:

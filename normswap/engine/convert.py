@@ -271,7 +271,7 @@ def _prepare(change: Change, by_name: Mapping[str, Reference], model: nn.Module)
         built = build(norm, change.to, change.options, change.init)
     except Refusal as refusal:
         raise NormswapError(f"{change.name}: {refusal.reason}; the plan does not fit this model") from refusal
-    hand_over = carry(reference.module, built, norm, reference.parents[0] if reference.parents else model)
+    hand_over = carry(reference.module, built, norm, (*reference.parents, model))
     return _Prepared(change, reference, built, hand_over)
 
 
@@ -327,7 +327,7 @@ def _lifts(
             built = build(norm, change.to, change.options, change.init)
         except Refusal as refusal:
             raise NormswapError(f"{change.name}: {refusal.reason}") from refusal
-        carry(_bare(site.module), built, norm, site.module)
+        carry(_bare(site.module), built, norm, (site.module, model))
         owners.setdefault(id(site.module), (site, {}))[1][site.call.name] = built
     for site, replacements in owners.values():
         forward = site.forward

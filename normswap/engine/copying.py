@@ -52,7 +52,8 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = copied
     state = vars(copied)
     for name, value in vars(module).items():
-        state[name] = _copy(value, memo)
+        if name != "_compiled_call_impl":  # of module.compile(): it would run the original
+            state[name] = _copy(value, memo)
     return copied
 
 

@@ -101,6 +101,17 @@ class Dataflow:
                 return f"it is {name} too, which no traced code calls; pass example_inputs to count its calls"
         return None
 
+    def read_in_doubt(self, module: nn.Module) -> str | None:
+        """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument."""
+        for reference in self.references.values():
+            above = reference.name
+            if above not in self.failed or not any(_below(name, above) for name in self.references[id(module)].names):
+                continue
+            if read := _TENSORS & reach(reference.module).foreign:
+                holder = above or "the model"
+                return f"the code of {holder} cannot be traced and reads the {sorted(read)[0]} of some module"
+        return None
+
     def _uncovered(self, name: str) -> bool:
         """Whether an alias lies where no region's graph looks."""
         above = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)] + [""]
@@ -132,7 +143,7 @@ class Dataflow:
         first = target.partition(".")[0]
         for reference in self.references.values():
             above = reference.name
-            if above == name or not (above == "" or name.startswith(f"{above}.")) or above not in self.failed:
+            if above not in self.failed or not _below(name, above):
                 continue
             path = name[len(above) + 1 if above else 0 :].split(".")
             found = reach(reference.module)
@@ -142,6 +153,13 @@ class Dataflow:
                     f"the code of {holder} cannot be traced and may reach into {name}; pass example_inputs to settle it"
                 )
         return None
+
+
+_TENSORS = frozenset({"weight", "bias", "running_mean", "running_var"})
+
+
+def _below(name: str, above: str) -> bool:
+    return name != above and (not above or name.startswith(f"{above}."))
 
 
 def _touches(found: Reach, path: list[str], first: str, root: nn.Module) -> bool:

@@ -65,7 +65,7 @@ def _plan(
     sites = survey(found, flow.observation)
     check_globs(sites, where=where, skip=skip)
     plan = Plan(model, "fold", [], [], (), apply_fold)
-    search = _Search(flow, found)
+    search = _Search(flow, found, composes=not keep_batchnorm)
     chosen: list[Site] = []
     for site in sites:
         reason = excluded(site, where, skip) or search.refuses(site)
@@ -117,8 +117,10 @@ class _Trial:
 class _Search:
     """Finds, norm by norm in dataflow order, which layers absorb it."""
 
-    def __init__(self, flow: Dataflow, found: dict[int, Any]) -> None:
+    def __init__(self, flow: Dataflow, found: dict[int, Any], composes: bool = True) -> None:
         self.flow = flow
+        self.composes = composes
+        """Whether a norm that is left may take in another: not where it is to stay as it is."""
         self.references = found
         self.owners: dict[int, list[nn.Module]] = {}
         for reference in found.values():
@@ -160,6 +162,11 @@ class _Search:
             for child, attribute in reach(parent).child_reads:
                 if child in keys and hasattr(site.module, attribute) and attribute not in ("num_features",):
                     return f"{type(parent).__name__}.forward reads its {attribute!r}"
+        for field_name, tensor in norm.tensors.items():
+            if id(tensor) in self.flow.tensor_reads:
+                return f"the code around it also reads its {field_name} directly"
+        if (reason := self.flow.read_in_doubt(site.module)) is not None:
+            return reason
         if not Affine(*affine).finite:
             return "its statistics are not finite, or a variance is negative"
         return None
@@ -194,10 +201,11 @@ class _Search:
         key = self.key(site)
         if reason is not None:
             before = self.reasons.get(key)
-            self.reasons[key] = reason if before is None else f"backward: {before}; forward: {reason}"
+            same = before is None or before == reason
+            self.reasons[key] = reason if same else f"backward: {before}; forward: {reason}"
             return
         self.gone.add(key)
-        record = self.folds.setdefault(key, Fold())
+        record = self.folds.setdefault(key, Fold(order=len(self.folds)))
         for (_, side), (module, layer, affine) in trial.absorbs.items():
             name = self.references[id(module)].name
             record.steps.append((name, side, layer, affine))
@@ -264,8 +272,7 @@ class _Search:
             return self._through_norm(flow, need, module, node, trial, pending)
         layer = layers.describe(module)
         if isinstance(layer, Layer):
-            wanted = -1 if layer.kind == "linear" else 1
-            if not flow.is_axis(node, need.axis, wanted):
+            if not _channels_at(flow, node, need.axis, layer):
                 hint = (
                     "the rank of its output is not known, pass example_inputs"
                     if flow.shape(node) is None
@@ -300,6 +307,8 @@ class _Search:
             source = argument(node, 0, "input")
             pending.append((Need(source, need.affine, need.axis), node))
             return None
+        if not self.composes:
+            return f"{passages.label(flow, node)} stands between"
         if (reason := self.flow.unsettled(module)) is not None:
             return reason
         if len(self.flow.sites(module)) != 1:
@@ -347,8 +356,7 @@ class _Search:
     def _read_by_layer(
         self, flow: Flow, need: Need, module: nn.Module, layer: Layer, user: fx.Node, trial: _Trial
     ) -> str | None:
-        wanted = -1 if layer.kind == "linear" else 1
-        if not flow.is_axis(need.node, need.axis, wanted):
+        if not _channels_at(flow, need.node, need.axis, layer):
             return (
                 f"{passages.label(flow, user)}: it is not proved that it reads the norm's channels (example_inputs may)"
             )
@@ -405,7 +413,7 @@ class _Search:
         }
         if reads:
             return f"the code around {name} reads its {sorted(reads)[0]}"
-        return self.flow.unsettled(module)
+        return self.flow.read_in_doubt(module) or self.flow.unsettled(module)
 
     def outcome(self, site: Site, keep_batchnorm: bool, evidence: str) -> Change | Skip:
         key = self.key(site)
@@ -422,7 +430,7 @@ class _Search:
             return Skip(site.name, reason, norm, site.label, **common)
         affine = self.affines[key]
         target = Norm(kind="affine", channels=norm.channels, eps=None, momentum=None, then=norm.then)
-        return Change(site.name, norm, target, "exact", "affine", notes=(reason,), fold=Fold(left=affine), **common)
+        return Change(site.name, norm, target, "exact", "affine", notes=(reason,), fold=Fold(left=affine, order=len(self.affines)), **common)
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -436,6 +444,14 @@ def _watched(module: nn.Module) -> bool:
 def _follows(module: nn.Module) -> bool:
     norm = registry.read(module)
     return any(not isinstance(follower, nn.Identity) for follower in norm.then)
+
+
+def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:
+    """Whether ``axis`` of a value is where a layer has its channels; of a convolution it is axis 1, if not shown otherwise."""
+    shape = flow.shape(node)
+    if shape is None:
+        return axis == 1 and layer.kind != "linear"
+    return axis % len(shape) == len(shape) - 1 - layer.spatial
 
 
 def _uses(user: fx.Node, node: fx.Node) -> int:
@@ -470,10 +486,13 @@ def apply_fold(
 
     root = model
     try:
-        for change in changes:
-            if not undoable:
+        awaited: set[str] = set()  # norms that must change too before the model computes what it did
+        for change in sorted(changes, key=lambda change: 0 if change.fold is None else change.fold.order):
+            if not undoable and not awaited:
                 undo.clear()
             built = _apply_one(change, by_name, undo)
+            steps = [] if change.fold is None else change.fold.steps
+            awaited = (awaited | {name for name, _, layer, _ in steps if layer is None}) - {change.name}
             if by_name[change.name].module is model:
                 root = built
     except BaseException:
@@ -510,7 +529,9 @@ def _left(change: Change, old: nn.Module) -> nn.Module:
     assert change.fold is not None
     affine = change.fold.left
     if affine is None:
-        return nn.Identity()
+        identity: Any = nn.Identity()
+        identity.num_features = change.source.channels  # which the code around it may read
+        return identity  # type: ignore[no-any-return]
     tensor = change.source.running_var
     assert tensor is not None
     module = ChannelAffine(0)

@@ -49,6 +49,8 @@ class Fold:
     left: Affine | None = None
     biased: dict[str, bool] = field(default_factory=dict)
     """Layers by name, and whether each has a bias afterwards."""
+    order: int = 0
+    """When it is made: a layer that takes in several norms takes in the nearest first."""
 
 
 @dataclass(frozen=True)

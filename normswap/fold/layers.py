@@ -80,7 +80,8 @@ def describe(module: nn.Module) -> Layer | str:
         even = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and not _padded(module)
         even = even and not any(module.output_padding)
     else:
-        even = path not in _SELF_PADDED and (module.padding_mode != "zeros" or not _padded(module))
+        pads_itself = any(path_of(parent) in _SELF_PADDED for parent in cls.__mro__)
+        even = not pads_itself and (module.padding_mode != "zeros" or not _padded(module))
     kind: Literal["conv", "transposed"] = "transposed" if transposed else "conv"
     return Layer(kind, spatial, module.in_channels, module.out_channels, module.groups, even)
 

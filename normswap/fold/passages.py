@@ -14,7 +14,7 @@ average pooling, mean, interpolation        commute: weights sum to 1. Zero padd
 max pooling                                 commutes where s ≥ 0
 zero padding                                only where t = 0; reflect, replicate, circular: always
 a + b                                       backward: (s, t) to a and (s, 0) to b
-k·x, x + k                                  backward (s, t/k), (s, t + s·k); forward (s, k·t), (s, t + k - s·k)
+k·x, x + k                                  backward (s, t/k), (s, t + s·k - k); forward (s, k·t), (s, t + k - s·k)
 another channel affine                      they compose
 ==========================================  =====================================================================
 
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.nn.modules import padding, pooling
 
 from normswap.fold.affine import Affine
-from normswap.graph.shapes import Shape, argument, known, permutation, position, same_size
+from normswap.graph.shapes import Shape, argument, first, known, permutation, position, same_size
 from normswap.graph.trace import Region
 
 
@@ -139,7 +139,7 @@ def _what(node: fx.Node) -> str:
 
 
 def _first(node: fx.Node) -> fx.Node | None:
-    source = argument(node, 0, "input")
+    source = first(node)
     return source if isinstance(source, fx.Node) else None
 
 
@@ -201,7 +201,7 @@ def _moves(inward: Axis, outward: Axis) -> tuple[Any, Any]:
 
 
 def _order(flow: Flow, node: fx.Node) -> list[int] | None:
-    shape = flow.shape(node.args[0]) or flow.shape(node)
+    shape = flow.shape(first(node)) or flow.shape(node)
     return permutation(node, None if shape is None else len(shape))
 
 
@@ -216,11 +216,11 @@ def _permute_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
 
 
 def _reshape_in(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    return _matching(flow.shape(node), flow.shape(node.args[0]), axis)
+    return _matching(flow.shape(node), flow.shape(first(node)), axis)
 
 
 def _reshape_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    return _matching(flow.shape(node.args[0]), flow.shape(node), axis)
+    return _matching(flow.shape(first(node)), flow.shape(node), axis)
 
 
 def _matching(ours: Shape | None, theirs: Shape | None, axis: int) -> int | None:
@@ -242,7 +242,7 @@ def _bounds(flow: Flow, node: fx.Node) -> tuple[int, int | None]:
         start, end = module.start_dim, module.end_dim
     else:
         start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
-    shape = flow.shape(node.args[0])
+    shape = flow.shape(first(node))
     if shape is not None:
         return start % len(shape), end % len(shape)
     return start, end if end >= 0 else None
@@ -275,14 +275,28 @@ def _dropped_axis(flow: Flow, node: fx.Node, shape: Shape | None) -> int | None:
     return position(dim, shape) if isinstance(dim, int) else None
 
 
+def _squeezed(flow: Flow, node: fx.Node, axis: int) -> tuple[int, int] | None:
+    """The squeezed axis and how many axes vanish, as far as it matters to ``axis``: a size other than 1 stays."""
+    shape = flow.shape(first(node))
+    gone = _dropped_axis(flow, node, shape)
+    if gone is None or axis < 0:
+        return None
+    size = None if shape is None else shape[gone]
+    if axis >= gone and not isinstance(size, int):
+        return None
+    return gone, int(size == 1)
+
+
 def _squeeze_in(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    gone = _dropped_axis(flow, node, flow.shape(node.args[0]))
-    return None if gone is None or axis < 0 else axis + (axis >= gone)
+    found = _squeezed(flow, node, axis)
+    return None if found is None else axis + found[1] * (axis >= found[0])
 
 
 def _squeeze_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    gone = _dropped_axis(flow, node, flow.shape(node.args[0]))
-    return None if gone is None or axis < 0 or axis == gone else axis - (axis > gone)
+    found = _squeezed(flow, node, axis)
+    if found is None or (axis == found[0] and found[1]):
+        return None
+    return axis - found[1] * (axis > found[0])
 
 
 def _unsqueeze_in(flow: Flow, node: fx.Node, axis: int) -> int | None:
@@ -324,7 +338,23 @@ def _averages(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.M
 
 
 def _spatial_axis(flow: Flow, node: fx.Node, axis: int) -> bool:
+    """Whether the channels are on axis 1 and the operation works behind it; not so where the batch axis is missing."""
+    shape = flow.shape(first(node)) or flow.shape(node)
+    module = flow.module(node)
+    if isinstance(module, _PADDINGS):
+        spatial = len(module.padding) // 2
+    else:
+        spatial = _SPATIAL_AXES.get(node.target if module is None else _pooling(module), 0)
+    if spatial and (shape is None or len(shape) != spatial + 2):
+        return False
     return flow.is_axis(node, axis, 1)
+
+
+_ELSEWHERE = "is not known to have the channels on axis 1 of (N, C, ...)"
+
+
+def _pooling(module: nn.Module) -> Any:
+    return next((cls for cls in type(module).__mro__ if cls in _SPATIAL_AXES), None)
 
 
 def _guarded(check: Callable[..., str | None]) -> tuple[Any, Any]:
@@ -345,12 +375,12 @@ def _guarded(check: Callable[..., str | None]) -> tuple[Any, Any]:
 
 def _check_average(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.Module | None) -> str | None:
     if not _spatial_axis(flow, node, axis):
-        return f"{label(flow, node)} does not have the channels on axis 1"
+        return f"{label(flow, node)} {_ELSEWHERE}"
     return _averages(flow, node, axis, affine, module)
 
 
 def _check_spatial(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.Module | None) -> str | None:
-    return None if _spatial_axis(flow, node, axis) else f"{label(flow, node)} does not have the channels on axis 1"
+    return None if _spatial_axis(flow, node, axis) else f"{label(flow, node)} {_ELSEWHERE}"
 
 
 def _check_max(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.Module | None) -> str | None:
@@ -364,7 +394,7 @@ def _check_max(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.
 
 def _check_pad(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.Module | None) -> str | None:
     if not _spatial_axis(flow, node, axis):
-        return f"{label(flow, node)} does not have the channels on axis 1"
+        return f"{label(flow, node)} {_ELSEWHERE}"
     if isinstance(module, (padding._ReflectionPadNd, padding._ReplicationPadNd, padding._CircularPadNd)):
         return None
     if module is not None:
@@ -380,7 +410,7 @@ def _check_pad(flow: Flow, node: fx.Node, axis: int, affine: Affine, module: nn.
 
 
 def _mean_axes(flow: Flow, node: fx.Node) -> tuple[set[int], bool, int] | None:
-    shape = flow.shape(node.args[0])
+    shape = flow.shape(first(node))
     dims = argument(node, 1, "dim")
     if shape is None or dims is None:
         return None
@@ -411,7 +441,7 @@ def _mean_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
 
 def _slice_in(flow: Flow, node: fx.Node, axis: int) -> int | None:
     """Indexing by slices of other axes than the channels'."""
-    index = node.args[1]
+    index = argument(node, 1, "index")
     items = index if isinstance(index, tuple) else (index,)
     at = position(axis, flow.shape(node))
     if at is None or not all(isinstance(item, slice) for item in items):
@@ -504,9 +534,10 @@ def _number(value: Any) -> float | None:
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any] | None:
-    if len(node.args) < 2 or node.kwargs:
+    """The two operands, or ``None`` where there is more: ``alpha``, ``rounding_mode``, ``out``."""
+    if len(node.args) + len(node.kwargs) != 2 or node.kwargs.keys() - {"input", "other"}:
         return None
-    return node.args[0], node.args[1]
+    return first(node), argument(node, 1, "other")
 
 
 def _same_layout(flow: Flow, node: fx.Node, axis: int, *operands: Any) -> bool:
@@ -531,7 +562,8 @@ def _sum(sign: float) -> Any:
             if constant is not None and isinstance(term, fx.Node):
                 if not in_front and sign < 0:
                     return f"{label(flow, node)} stands between"
-                return [Need(term, Affine(affine.scale, affine.shift + affine.scale * constant * sign), axis)]
+                shift = affine.shift + (affine.scale - 1) * constant * sign
+                return [Need(term, Affine(affine.scale, shift), axis)]
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
             return f"{label(flow, node)} adds a tensor to itself"
         if not _same_layout(flow, node, axis, a, b):
@@ -599,6 +631,15 @@ _spatial_back, _spatial_ahead = _guarded(_check_spatial)
 _max_back, _max_ahead = _guarded(_check_max)
 _pad_back, _pad_ahead = _guarded(_check_pad)
 
+_SPATIAL_AXES: dict[Any, int] = {
+    getattr(space, name.format(spatial)): spatial
+    for spatial in (1, 2, 3)
+    for space, names in (
+        (F, ("avg_pool{}d", "max_pool{}d", "adaptive_avg_pool{}d")),
+        (nn, ("AvgPool{}d", "MaxPool{}d", "AdaptiveAvgPool{}d")),
+    )
+    for name in names
+}
 _SPLITS: tuple[Any, ...] = (torch.chunk, "chunk", torch.split, "split", torch.functional.split)
 _UNCHANGED: tuple[Any, ...] = ("contiguous", "clone", torch.clone)
 _PERMUTES: tuple[Any, ...] = (

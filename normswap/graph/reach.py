@@ -91,6 +91,12 @@ def _methods(cls: type, name: str) -> Iterator[Any]:
             yield value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
+def _all_methods(cls: type) -> Iterator[Any]:
+    for base in cls.__mro__:
+        if not base.__module__.startswith("torch.") and base is not object:
+            yield from (value for name, value in vars(base).items() if name != "__init__" and callable(value))
+
+
 def _of_value(value: Any, cls: type, seen: set[Any], depth: int) -> Reach:
     found = Reach()
     if is_norm_function(value):
@@ -154,6 +160,9 @@ def _of_code(
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             current, child = names.get(value, getattr(builtins, value, None)), None
             super_pending = super_pending or current is super
+            if current is getattr and this is not None:  # a method may be chosen by name
+                for method in _all_methods(cls):
+                    found.update(_of_value(method, cls, seen, depth - 1))
             found.update(_of_value(current, cls, seen, depth - 1))
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
             current, child = cells.get(value), None

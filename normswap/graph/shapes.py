@@ -120,7 +120,7 @@ def _infer(region: Region, node: fx.Node, values: dict[fx.Node, Value]) -> Value
     if node.op == "call_module":
         module = region.module_of(node)
         assert module is not None
-        return _of_module(module, known(values, node.args[0]) if node.args else None)
+        return _of_module(module, known(values, first(node)))
     if node.op in ("call_function", "call_method"):
         rule = _RULES.get(node.target)
         return None if rule is None else rule(node, values)
@@ -145,7 +145,7 @@ def _of_module(module: nn.Module, shape: Shape | None) -> Value:
     if isinstance(module, nn.Flatten):
         return _flattened(shape, module.start_dim, module.end_dim)
     elementwise = type(module).__module__.startswith(("torch.nn.modules.activation", "torch.nn.modules.dropout"))
-    if (elementwise and not isinstance(module, nn.MultiheadAttention)) or isinstance(module, nn.Identity):
+    if (elementwise and not isinstance(module, (nn.MultiheadAttention, nn.GLU))) or isinstance(module, nn.Identity):
         return shape
     return None
 
@@ -192,17 +192,30 @@ def _flattened(shape: Shape | None, start: int, end: int) -> Value:
 Rule = Callable[[fx.Node, dict[fx.Node, Value]], Value]
 
 
+_OTHER_NAMES = {
+    "dim": "axis", "keepdim": "keepdims", "dim0": "axis0", "dim1": "axis1", "input": "tensor",
+    "split_size": "split_size_or_sections",
+}  # fmt: skip
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument of a call by position or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+    """An argument of a call by position or by name, or by the other name that torch takes for it."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, node.kwargs.get(_OTHER_NAMES.get(name, name), default))
+
+
+def first(node: fx.Node) -> Any:
+    """The tensor that a call works on."""
+    return argument(node, 0, "input")
 
 
 def _same(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    return known(values, node.args[0])
+    return known(values, first(node))
 
 
 def _binary(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    operands = [a for a in _operands(node) if isinstance(a, fx.Node)]
     if all(isinstance(values.get(a), (int, Symbol)) for a in operands):
         return Symbol()  # arithmetic of sizes
     shapes = [known(values, a) for a in operands if not isinstance(values.get(a), (int, Symbol))]
@@ -213,18 +226,30 @@ def _binary(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         return None
     longer, shorter = sorted((ours, theirs), key=len, reverse=True)
     padded: Shape = (*[1] * (len(longer) - len(shorter)), *shorter)
-    return tuple(b if a == 1 else a if isinstance(a, int) or b == 1 else b for a, b in zip(longer, padded, strict=True))
+    return tuple(map(_broadcast, longer, padded))
+
+
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    return first(node), argument(node, 1, "other")
+
+
+def _broadcast(a: Dim, b: Dim) -> Dim:
+    if a == 1 or a == b:
+        return b
+    if b == 1 or isinstance(a, int):
+        return a
+    return b if isinstance(b, int) else Symbol()  # either may turn out to be 1
 
 
 def _arithmetic(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    a, b = (values.get(v) if isinstance(v, fx.Node) else v for v in node.args[:2])
+    a, b = (values.get(v) if isinstance(v, fx.Node) else v for v in _operands(node))
     if isinstance(a, int) and isinstance(b, int):
         return node.target(a, b) if callable(node.target) else None
     return _binary(node, values)
 
 
 def _permute(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     order = permutation(node, None if shape is None else len(shape))
     return None if shape is None or order is None else tuple(shape[index] for index in order)
 
@@ -232,39 +257,46 @@ def _permute(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 def permutation(node: fx.Node, rank: int | None) -> list[int] | None:
     """The order of axes of a permute, transpose or movedim: output axis -> input axis."""
     if node.target in ("permute", torch.permute):
-        dims: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        dims = dims or node.kwargs.get("dims", ())
-        return [int(d) % len(dims) for d in dims]
+        given: Any = node.args[1:] or (node.kwargs.get("dims", ()),)
+        dims = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        return [d % len(dims) for d in dims] if dims and all(isinstance(d, int) for d in dims) else None
     if rank is None:
         return None
-    order = list(range(rank))
-    if node.target in ("movedim", torch.movedim):
-        source, destination = (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
-        order.insert(destination, order.pop(source))
-        return order
     if node.target in ("t", torch.t):
-        first, second = 0, 1
+        return [1, 0] if rank == 2 else list(range(rank))
+    if node.target in ("movedim", torch.movedim):
+        sources, destinations = _axes(argument(node, 1, "source"), rank), _axes(argument(node, 2, "destination"), rank)
     else:
-        first = int(argument(node, 1, "dim0")) % rank
-        second = int(argument(node, 2, "dim1")) % rank
-    order[first], order[second] = order[second], order[first]
-    return order
+        pair = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+        sources, destinations = _axes(pair, rank), _axes(pair[::-1], rank)
+    if sources is None or destinations is None:
+        return None
+    moved = dict(zip(destinations, sources, strict=True))
+    others = iter(axis for axis in range(rank) if axis not in sources)
+    return [moved[axis] if axis in moved else next(others) for axis in range(rank)]
+
+
+def _axes(given: Any, rank: int) -> list[int] | None:
+    axes = given if isinstance(given, (tuple, list)) else (given,)
+    return [axis % rank for axis in axes] if all(isinstance(axis, int) for axis in axes) else None
 
 
 def _flatten(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     start, end = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
-    return _flattened(known(values, node.args[0]), start, end)
+    return _flattened(known(values, first(node)), start, end)
 
 
 def _reshape(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
-    if node.target == "reshape_as":
-        return known(values, node.args[1])
-    given: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape"),)
+    shape = known(values, first(node))
+    if node.target in ("reshape_as", "view_as"):
+        return known(values, argument(node, 1, "other"))
+    given: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("shape", node.kwargs.get("size")),)
     if len(given) == 1 and isinstance(given[0], (tuple, list)):
         given = given[0]
     elif len(given) == 1 and isinstance(values.get(given[0]), list):
         given = values[given[0]]
+    if not all(isinstance(d, (int, Symbol, fx.Node)) for d in given):
+        return None  # view(dtype)
     dims: list[Any] = [values.get(d) if isinstance(d, fx.Node) else d for d in given]
     dims = [d if isinstance(d, (int, Symbol)) else Symbol() for d in dims]
     if -1 in dims:
@@ -283,15 +315,16 @@ def _reshape(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _size(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
-    if shape is None:
-        return Symbol() if len(node.args) > 1 else None
-    return list(shape) if len(node.args) == 1 else shape[int(node.args[1])]  # type: ignore[arg-type]
+    shape = known(values, first(node))
+    dim = argument(node, 1, "dim")
+    if dim is None:
+        return None if shape is None else list(shape)
+    return shape[dim] if shape is not None and isinstance(dim, int) else Symbol()
 
 
 def _getattr(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     if node.args[1] == "shape":
-        shape = known(values, node.args[0])
+        shape = known(values, first(node))
         return None if shape is None else list(shape)
     return None
 
@@ -323,7 +356,7 @@ def _is_shape(source: Any) -> bool:
 
 
 def _squeeze(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     dim = argument(node, 1, "dim")
     if shape is None or not isinstance(dim, int):
         return None
@@ -332,7 +365,7 @@ def _squeeze(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _unsqueeze(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     if shape is None:
         return None
     at = int(argument(node, 1, "dim")) % (len(shape) + 1)
@@ -355,7 +388,7 @@ def _cat(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _pieces(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     if shape is None:
         return None
     at = int(argument(node, 2, "dim", 0)) % len(shape)
@@ -371,16 +404,16 @@ def _pieces(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _pooled(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     return None if shape is None else (*shape[:2], *(Symbol() for _ in shape[2:]))
 
 
 def _adaptive_function(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    return _adaptive(known(values, node.args[0]), argument(node, 1, "output_size"))
+    return _adaptive(known(values, first(node)), argument(node, 1, "output_size"))
 
 
 def _mean(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape = known(values, node.args[0])
+    shape = known(values, first(node))
     dims = argument(node, 1, "dim")
     if shape is None or dims is None:
         return None
@@ -391,7 +424,7 @@ def _mean(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _padded(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape, pad = known(values, node.args[0]), argument(node, 1, "pad")
+    shape, pad = known(values, first(node)), argument(node, 1, "pad")
     if shape is None or not isinstance(pad, (tuple, list)):
         return None
     keep = len(shape) - len(pad) // 2
@@ -399,7 +432,7 @@ def _padded(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _linear(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    shape, weight = known(values, node.args[0]), known(values, argument(node, 1, "weight"))
+    shape, weight = known(values, first(node)), known(values, argument(node, 1, "weight"))
     return None if shape is None or weight is None else (*shape[:-1], weight[0])
 
 
@@ -409,8 +442,8 @@ def _conv(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
 
 
 def _matmul(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    ours, theirs = known(values, node.args[0]), known(values, node.args[1])
-    if ours is None or theirs is None or len(ours) != len(theirs) or len(ours) < 2:
+    ours, theirs = (known(values, operand) for operand in _operands(node))
+    if ours is None or theirs is None or len(ours) < 2 or ours[:-2] != theirs[:-2]:
         return None
     return (*ours[:-1], theirs[-1])
 

@@ -172,7 +172,7 @@ def check_default(given: Any, default: Any, name: str) -> None:
     if isinstance(given, Tensor) or given != default:
         shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
         raise NormswapError(
-            f"{name}={shown}: a functional norm was replaced here, and the forward now holds for {name}={default!r} only; "
+            f"{name}={shown}: a functional norm was replaced here, and its forward holds for {name}={default!r} only; "
             "convert the model with skip= for that norm"
         )
 
@@ -211,7 +211,7 @@ def _is_size(node: fx.Node, depth: int) -> bool:
 def brief(error: BaseException) -> str:
     """The first line of an error, for a reason."""
     text = error.reason if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[0][:200]
+    return text.strip().splitlines()[0].split(". ")[0][:120]
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def build(norm: Norm) -> nn.Module:
     channels_first(norm, "batch")
     classes = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     cls = classes.get(dimensions(norm) or 0, BatchNorm)
-    return fill(cls(norm.channels, eps_of(norm), norm.momentum, affine=False, track_running_stats=False), norm)
+    return fill(cls(norm.channels, positive_eps(norm), norm.momentum, affine=False, track_running_stats=False), norm)
 
 
 def fill(module: _BatchNorm, norm: Norm) -> _BatchNorm:
@@ -76,3 +76,8 @@ def fill(module: _BatchNorm, norm: Norm) -> _BatchNorm:
 def eps_of(norm: Norm) -> float:
     """The eps of a kind that must have one; the default where the source followed the dtype (``nn.RMSNorm``)."""
     return 1e-5 if norm.eps is None else norm.eps
+
+
+def positive_eps(norm: Norm) -> float:
+    """The eps of a layer that torch refuses to train with 0, as torchvision's frozen norms may have it."""
+    return max(eps_of(norm), 1e-12)

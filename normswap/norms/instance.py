@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normswap.errors import Refusal
 from normswap.norms.adopt import adopt_affine, channels_first, dimensions, single_rank
-from normswap.norms.batch import eps_of, refuse_lazy
+from normswap.norms.batch import positive_eps, refuse_lazy
 from normswap.registry import builds, reads
 from normswap.spec import SPACE, Norm
 
@@ -65,6 +65,6 @@ def build(norm: Norm) -> nn.Module:
     classes = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
     cls = classes.get(dimensions(norm) or 0, InstanceNorm)
     momentum = 0.1 if norm.momentum is None else norm.momentum
-    module = cls(norm.channels, eps_of(norm), momentum, affine=False, track_running_stats=False)
+    module = cls(norm.channels, positive_eps(norm), momentum, affine=False, track_running_stats=False)
     module.affine = norm.weight is not None or norm.bias is not None
     return adopt_affine(module, norm)

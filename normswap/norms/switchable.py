@@ -52,8 +52,8 @@ class SwitchableNorm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)
         self.mean_gate = nn.Parameter(torch.zeros(3))
         self.var_gate = nn.Parameter(torch.zeros(3))
         self.register_buffer("running_mean", torch.zeros(num_features))

@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from normswap.errors import Refusal
 from normswap.norms.adopt import channels_first
-from normswap.norms.batch import eps_of, fill
+from normswap.norms.batch import fill, positive_eps
 from normswap.registry import builds, reads
 from normswap.spec import SYNC, Norm
 
@@ -96,6 +96,6 @@ def build(norm: Norm, *, process_group: Any = None) -> nn.Module:
         )
     group = norm.process_group if process_group is None else process_group
     return fill(
-        SyncBatchNorm(norm.channels, eps_of(norm), norm.momentum, False, False, process_group=group),
+        SyncBatchNorm(norm.channels, positive_eps(norm), norm.momentum, False, False, process_group=group),
         norm,
     )
