@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGE := --editable . --no-deps --no-build-isolation
+COUNT ?= 10000
+SEED ?= 0
 BASE := requirements/base.txt requirements/constraints.txt pyproject.toml
 
 .DEFAULT_GOAL := help
@@ -43,8 +45,8 @@ bench: $(VENV)/.test  ## measure time and memory against named peers
 	$(BIN)/python scripts/bench.py convert
 	$(BIN)/python scripts/bench.py fold
 
-fuzz: $(VENV)/.test  ## the property tests alone, on new random cases at every run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m hypothesis
+fuzz: $(VENV)/.test  ## fold random networks and compare them with the originals (COUNT=10000 SEED=0)
+	$(BIN)/python scripts/fuzz.py --count $(COUNT) --seed $(SEED)
 
 clean:  ## remove what the targets made, the environment too
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

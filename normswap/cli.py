@@ -121,6 +121,9 @@ ModelArgs = Annotated[
 CheckpointFile = Annotated[
     Path | None, typer.Argument(help="A .pt, .pth or .safetensors file; without it, the model's own weights.")
 ]
+Key = Annotated[
+    str | None, typer.Option("--key", help="Which state dict of the checkpoint, where it holds several, such as ema.")
+]
 Partial = Annotated[bool, typer.Option("--partial", help="Load what fits when keys are missing or left over.")]
 Replay = Annotated[bool, typer.Option("--recipe/--no-recipe", help="Replay the recipe that came with a checkpoint.")]
 Inputs = Annotated[
@@ -137,11 +140,17 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 
 
 def _load(
-    model: str, model_args: list[str] | None, path: Path | None, *, partial: bool = False, replay: bool = True
+    model: str,
+    model_args: list[str] | None,
+    path: Path | None,
+    *,
+    key: str | None = None,
+    partial: bool = False,
+    replay: bool = True,
 ) -> Source:
     with _working("reading the model"):
         built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
-        source = load_source(built, path, partial=partial, replay=replay)
+        source = load_source(built, path, key=key, partial=partial, replay=replay)
     for note in source.notes:
         _say(note)
     return source
@@ -196,12 +205,13 @@ def inspect(
     checkpoint: CheckpointFile = None,
     model_arg: ModelArgs = None,
     inputs: Inputs = None,
+    key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     as_json: AsJson = False,
 ) -> None:
     """List every normalization of a model."""
-    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     with _working("looking for normalizations"):
         sites = engine.find(source.model, parse_inputs(inputs or (), source.model))
     _show(report.sites_report(sites), {"sites": [report.site_record(site) for site in sites]}, as_json)
@@ -228,6 +238,7 @@ def convert(
     where: Where = None,
     skip: Skip = None,
     inputs: Inputs = None,
+    key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     dry_run: DryRun = False,
@@ -244,7 +255,7 @@ def convert(
             options[name] = value
     registry.check_options(to, options)
     _check_destination(output, checkpoint, dry_run, force)
-    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     with _working("planning"):
         plan = engine.plan_convert(
             source.model,
@@ -274,6 +285,7 @@ def fold(
     keep_batchnorm: Annotated[
         bool, typer.Option("--keep-batchnorm", help="Leave what no layer absorbs, instead of a multiply-add.")
     ] = False,
+    key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     dry_run: DryRun = False,
@@ -283,7 +295,7 @@ def fold(
 ) -> None:
     """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint."""
     _check_destination(output, checkpoint, dry_run, force)
-    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with _working("planning"):
         plan = engine.plan_fold(
@@ -364,12 +376,13 @@ def verify(
         str | None,
         typer.Option("--candidate-model", metavar="WHERE:CALLABLE", help="If it has another model."),
     ] = None,
+    key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     as_json: AsJson = False,
 ) -> None:
     """Compare a checkpoint with another one, or with an .onnx file run by ONNX Runtime."""
-    source = _load(model, model_arg, reference, partial=partial, replay=replay)
+    source = _load(model, model_arg, reference, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "verify")
     if candidate.suffix == ".onnx":
         verification = _compare(source.model, candidate, example, backend or "onnxruntime")
@@ -392,6 +405,7 @@ def export(
     fold: Annotated[bool, typer.Option("--fold", help="Fold norms into the neighbouring layers first.")] = False,
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset version.")] = None,
     optimize: Annotated[bool, typer.Option("--optimize/--no-optimize", help="Let the exporter simplify.")] = True,
+    key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     force: Force = False,
@@ -400,7 +414,7 @@ def export(
     if output is None or output.suffix != ".onnx":
         raise NormswapError("where to? Pass -o FILE.onnx")
     check_output(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
-    source = _load(model, model_arg, checkpoint, partial=partial, replay=replay)
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "export")
     exported = source.model
     if fold:

@@ -35,15 +35,19 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def load_source(model: nn.Module, path: Path | None, *, partial: bool = False, replay: bool = True) -> Source:
+def load_source(
+    model: nn.Module, path: Path | None, *, key: str | None = None, partial: bool = False, replay: bool = True
+) -> Source:
     """``model`` with the tensors of the checkpoint at ``path``, after the recipes that came with it; in place.
+
+    ``key`` names the state dict in a checkpoint that holds several.
 
     Raises :class:`NormswapError` for a file that cannot be read, and for a recipe or keys that do not fit the model.
     """
     model.eval()
     if path is None:
         return Source(model, notes=["no checkpoint given: the weights are those the model was built with"])
-    read = checkpoint.read(path)
+    read = checkpoint.read(path, key=key)
     source = Source(model, path, metadata=dict(read.metadata))
     source.recipes = read_recipes(path, source.metadata) if replay else []
     for recipe in source.recipes:

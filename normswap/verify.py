@@ -301,9 +301,9 @@ def _rows(blank: Row, own: Outputs, wide: Outputs, noise: Outputs, got: Outputs)
             continue
         expected = own[name]
         if not isinstance(expected, Tensor) or not isinstance(value, Tensor):
-            same = type(expected) is type(value) and bool(expected == value)
-            problem = None if same else f"{_short(value)} instead of {_short(expected)}"
-            yield replace(row, dtype=type(value).__name__, floor=0.0, problem=problem)
+            if type(expected) is not type(value) or not expected == value:
+                problem = f"{_short(value)} instead of {_short(expected)}"
+                yield replace(row, dtype=type(value).__name__, problem=problem)
             continue
         row = replace(row, shape=tuple(value.shape), dtype=str(value.dtype).removeprefix("torch."))
         if value.shape != expected.shape:
@@ -467,8 +467,8 @@ class _Truth:
                 "the reference does not run in float64, so its noise floor is not known"
             )
         return (
-            f"error relative to the reference in float64 at most {FACTOR:g} noise floors (the reference's own error) "
-            f"+ {ULPS:g} eps"
+            f"error relative to the reference in float64 at most {FACTOR:g} noise floors (the reference's own error; "
+            f"{2 * FACTOR:g} for outputs of fewer than {FEW} values) + {ULPS:g} eps"
         )
 
     def first(self, inputs: tuple[Any, ...]) -> None:

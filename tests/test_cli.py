@@ -301,6 +301,16 @@ class TestConvert:
         assert "head.bias" in accepted.stderr
         assert out.exists()
 
+    def test_key_chooses_among_state_dicts(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        state = torch.load(folder / "net.pt", weights_only=True)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        torch.save({"model": zeros, "ema": state}, tmp_path / "both.pt")
+        out = tmp_path / "out.pt"
+        assert "also holds ema" in run("inspect", tmp_path / "both.pt").stderr
+        assert "'best'" in run("inspect", tmp_path / "both.pt", "--key", "best", status=2).stderr
+        run("convert", tmp_path / "both.pt", "--key", "ema", "--to", "frozen", "-o", out)
+        assert torch.equal(torch.load(out, weights_only=True)["head.weight"], state["head.weight"])
+
 
 BAD_CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown kind": (["--to", "gruop"], ["'gruop'", *registry.kinds()]),

@@ -75,8 +75,8 @@ def test_the_file_computes_what_the_model_does_and_the_model_stays(
     model = net()
     handle = model.bn.register_forward_hook(lambda module, args, out: out + 1)
     model.conv.weight.requires_grad_(False)
-    before, state = picture(model), torch.get_rng_state()
     x, more = torch.randn(2, 3, 6, 6), torch.randn(5)
+    before, state = picture(model), torch.get_rng_state()
     path = export(model, tmp_path / "a.onnx", (x, 3.0, more), optimize=False)
     assert before.differences(model) == []
     assert model.cache == {}
@@ -122,6 +122,19 @@ class TestDynamic:
         assert axes(path) == [["batch", 3], ["batch", 4, 3]]
         x, y = torch.randn(5, 3), torch.randn(5, 4, 3)
         torch.testing.assert_close(torch.from_numpy(run(path, x, y)[0]), x + y.sum(1))
+
+    def test_constants_unused_inputs_and_a_dict_in_last_place(self, tmp_path: Path) -> None:
+        class Options(nn.Module):
+            def forward(self, x: Tensor, times: int, unused: Tensor, options: dict[str, Tensor]) -> Tensor:
+                return x * times * options["scale"]
+
+        inputs = (torch.randn(2, 3), 3, torch.randn(2, 5), {"scale": torch.randn(2, 1)})
+        path = export(Options().eval(), tmp_path / "a.onnx", inputs, dynamic=True)
+        assert axes(path) == [["batch", 3], ["batch", 5], ["batch", 1]]
+        assert [d.dim_param or d.dim_value for d in onnx.load(path).graph.output[0].type.tensor_type.shape.dim] == [
+            "batch",
+            3,
+        ]
 
     def test_shapes_as_torch_names_them(self, tmp_path: Path) -> None:
         shapes = {"input": {1: torch.export.Dim("length", max=64)}}

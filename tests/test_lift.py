@@ -449,6 +449,7 @@ class TestGraphModule:
             assert kind == "frozen"
             return
         new = plan.apply()
+        assert new.get_submodule("1").training == training
         wanted = model[3](torch.relu(new.get_submodule("1")(model[0](x))))
         assert distance(new(x), wanted) < DOUBLE
         if only(plan.changes).exactness == "exact" and not training:

@@ -192,8 +192,8 @@ class SuperOfNorm(nn.BatchNorm2d):
 
 REACHING = [
     Direct, FullPath, Torch, Operator, Imported, ImportedInside, ModuleImportedInside, Method, InComprehension,
-    BesideComprehension, InnerFunction, Lambda, Checkpointed, Property, Static, OfClass, HeldByClass, Far, Table, Decorated,
-    NoGrad, Super, Inherited, partial(SuperOfNorm, 4),
+    BesideComprehension, InnerFunction, Lambda, Checkpointed, Property, Static, OfClass, HeldByClass, Far, Table,
+    Decorated, NoGrad, Super, Inherited, partial(SuperOfNorm, 4),
 ]  # fmt: skip
 
 

@@ -159,14 +159,11 @@ def test_marks_are_taken_back_after_an_error_too() -> None:
     module = Marks()
     before = picture(module)
 
-    def fail() -> None:
-        with unmarked(module):
-            module.extra = 1
-            module.features.append(1)
-            del module.count
-            raise ZeroDivisionError
-
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError), unmarked(module):  # noqa: PT012
+        module.extra = 1
+        module.features.append(1)
+        del module.count
+        raise ZeroDivisionError
     assert before.differences(module) == []
 
 

@@ -250,6 +250,8 @@ def apply_changes(
                 root = item.built
         for make in lifts:
             undo.append(make())
+        other_than_layer = [i for i in prepared if (i.change.target.kind, i.change.exactness) != ("layer", "exact")]
+        undo.append(guards.fast_paths_off(model, [p for item in other_than_layer for p in item.reference.parents]))
     except BaseException:
         _run_reversed(undo)
         raise
@@ -299,9 +301,6 @@ def _swap(item: _Prepared) -> Callable[[], None]:
         for slot in slots:
             slot.put(item.built)
             done.append(slot)
-        if item.change.target.kind != "layer" or item.change.exactness != "exact":
-            restore_fast_path, _ = guards.fast_paths(tuple(item.reference.parents))
-            others.extend([restore_fast_path] if restore_fast_path is not None else [])
         others.append(item.hand_over())
     except BaseException:
         undo()
@@ -327,7 +326,7 @@ def _lifts(
             built = build(norm, change.to, change.options, change.init)
         except Refusal as refusal:
             raise NormswapError(f"{change.name}: {refusal.reason}") from refusal
-        carry(_bare(site.module), built, norm, (site.module, model))
+        carry(_bare(site.module, norm), built, norm, (site.module, model))
         owners.setdefault(id(site.module), (site, {}))[1][site.call.name] = built
     for site, replacements in owners.values():
         forward = site.forward
@@ -339,8 +338,11 @@ def _lifts(
         yield make
 
 
-def _bare(owner: nn.Module) -> nn.Module:
-    """A stand-in source for a functional norm: only its owner's train/eval flag is carried."""
+def _bare(owner: nn.Module, norm: Norm) -> nn.Module:
+    """A stand-in source for a functional norm: only its owner's train/eval flag is carried.
+
+    In a graph exported in eval mode the norm is fixed, whatever the flag of the ``GraphModule`` says.
+    """
     bare = nn.Module()
-    bare.training = owner.training
+    bare.training = owner.training and not (norm.fixed and isinstance(owner, fx.GraphModule))
     return bare

@@ -374,6 +374,9 @@ class _Search:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
         if (reason := self._unfit(module)) is not None:
             return reason
+        if layers.may_overflow(module, affine):
+            dtype = str(module.weight.dtype).removeprefix("torch.")
+            return f"the folded weights of {self.references[id(module)].name} may not be finite in {dtype}"
         key: tuple[int, Side] = (id(module), side)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):
@@ -430,7 +433,16 @@ class _Search:
             return Skip(site.name, reason, norm, site.label, **common)
         affine = self.affines[key]
         target = Norm(kind="affine", channels=norm.channels, eps=None, momentum=None, then=norm.then)
-        return Change(site.name, norm, target, "exact", "affine", notes=(reason,), fold=Fold(left=affine, order=len(self.affines)), **common)
+        return Change(
+            site.name,
+            norm,
+            target,
+            "exact",
+            "affine",
+            notes=(reason,),
+            fold=Fold(left=affine, order=len(self.affines)),
+            **common,
+        )
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 
 from torch import nn
@@ -48,7 +48,7 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
         return None
     for parent in site.parents:
         if isinstance(parent, nn.TransformerEncoderLayer):
-            continue  # its fast path is switched off instead, see fast_paths
+            continue  # its fast path is switched off instead, see fast_paths_off
         keys = {key for key, child in parent._modules.items() if child is site.module}
         for child, attribute in sorted(reach(parent).child_reads):
             if child not in keys:
@@ -67,24 +67,24 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
     return None
 
 
-def fast_paths(parents: tuple[nn.Module, ...]) -> tuple[Callable[[], None] | None, str | None]:
+def fast_paths_off(model: nn.Module, parents: Iterable[nn.Module]) -> Callable[[], None]:
     """Switch off the fused inference kernel of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever its
-    children are.
-
-    Returns what switches it on again and a note, or two ``None`` where there is nothing to switch.
+    children are, and the nested tensors that ``nn.TransformerEncoder`` makes for it. Returns what switches them on again.
     """
-    layers = [p for p in parents if isinstance(p, nn.TransformerEncoderLayer) and p.activation_relu_or_gelu]
-    if not layers:
-        return None, None
-    saved = [(layer, layer.activation_relu_or_gelu) for layer in layers]
-    for layer in layers:
-        layer.activation_relu_or_gelu = 0
+    layers = {id(p): p for p in parents if isinstance(p, nn.TransformerEncoderLayer)}
+    switches: list[tuple[nn.Module, str]] = [(layer, "activation_relu_or_gelu") for layer in layers.values()]
+    if layers:
+        encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoder))
+        switches += [(e, "use_nested_tensor") for e in encoders if any(id(layer) in layers for layer in e.layers)]
+    saved = [(module, name, vars(module)[name]) for module, name in switches if name in vars(module)]
+    for module, name, value in saved:
+        setattr(module, name, type(value)())
 
     def restore() -> None:
-        for layer, value in saved:
-            layer.activation_relu_or_gelu = value
+        for module, name, value in saved:
+            setattr(module, name, value)
 
-    return restore, FAST_PATH_NOTE
+    return restore
 
 
 FAST_PATH_NOTE = "switches off the fused path of nn.TransformerEncoderLayer, which would still compute LayerNorm"

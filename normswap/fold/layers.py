@@ -149,6 +149,15 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
+def may_overflow(module: Any, affine: Affine) -> bool:
+    """Whether the folded values may exceed the range of a float16 layer; other dtypes have the range to spare."""
+    weight: Tensor = module.weight
+    if weight.dtype != torch.float16 or not weight.numel():
+        return False
+    largest = float(weight.detach().abs().max()) * float(affine.scale.abs().max())
+    return max(largest, float(affine.shift.abs().max())) > torch.finfo(weight.dtype).max
+
+
 def _factor(part: Tensor, group: Tensor, layer: Layer, scale: Tensor, side: Side, start: int) -> Tensor:
     """What some rows of a kernel are multiplied by: rows are outputs, or inputs in a transposed convolution."""
     rows = part.shape[0]
