@@ -2,9 +2,8 @@
 
     python scripts/fuzz.py --count 10000 --seed 0
 
-Exits with 1 when any is wrong or crashes, with the seeds: ``tests.fuzzing.check(seed)`` repeats one exactly. Keep such a
-seed in ``tests/test_fuzz.py``.
-"""
+Exits with 1 when any is wrong or crashes, with the seeds: ``tests.fuzzing.check(seed)`` repeats one exactly. Keep such
+a seed in ``tests/test_fuzz.py``."""
 
 from __future__ import annotations
 
@@ -43,8 +42,8 @@ def main() -> int:
             print(f"{number} networks, {len(bad)} bad, {time.perf_counter() - started:.0f} s", flush=True)
     share = total.folded / max(1, total.foldable)
     print(
-        f"{options.count} networks from seed {options.seed}: {len(bad)} wrong or crashed; {total.folded} of {total.foldable} "
-        f"norms with fixed statistics folded ({share:.1%}); largest relative error {total.error:.1e}"
+        f"{options.count} networks from seed {options.seed}: {len(bad)} wrong or crashed; "
+        f"{total.folded} of {total.foldable} norms with fixed statistics folded ({share:.1%}); largest relative error {total.error:.1e}"
     )
     return 1 if bad else 0
 

@@ -1,8 +1,7 @@
 """Random networks for folding: one seed, one network, exactly.
 
-Branches, sums, concatenations, splits, shared modules, aliases, tied weights, hooks, functional reads, mixed train and eval modes, in-place
-activations, one to three spatial axes, token layouts, and roots that FX cannot trace.
-"""
+Branches, sums, concatenations, splits, shared modules, aliases, tied weights, hooks, functional reads, mixed train and
+eval modes, in-place activations, one to three spatial axes, token layouts, and roots that FX cannot trace."""
 
 from __future__ import annotations
 
@@ -171,8 +170,8 @@ class Builder:
         width = self.channels[at]
         parts = list(self.program.parts)
         name = self.rng.choices(
-            ["conv", "norm", "conv_norm", "again", "act", "sum", "cat", "piece", "number", "pool", "pad", "linear", "flat",
-             "passing", "read", "functional"],
+            ["conv", "norm", "conv_norm", "again", "act", "sum", "cat", "piece", "number", "pool", "pad", "linear",
+             "flat", "passing", "read", "functional"],
             [5, 5, 12, 2, 3, 3, 3, 2, 2, 3, 2, 2, 2, 3, 0.5, 1],
         )[0]  # fmt: skip
         if name in ("conv", "conv_norm"):
@@ -313,7 +312,8 @@ def run(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def check(seed: int) -> Tally:
-    """Fold the network of a seed, without and with an observed run, and compare; ``AssertionError`` says what is wrong."""
+    """Fold the network of a seed, without and with an observed run, and compare; ``AssertionError`` says what is
+    wrong."""
     model = network(seed)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tally = Tally()
@@ -331,7 +331,8 @@ def check(seed: int) -> Tally:
                 assert ours.shape == theirs.shape
                 error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-300))
                 tally.error = max(tally.error, error)
-                assert error <= TOLERANCE, f"relative error {error:.2e}, inputs {'seen' if example else 'none'}\n{plan}"
+                evidence = "observed" if example else "static"
+                assert error <= TOLERANCE, f"relative error {error:.2e}, {evidence}\n{plan}"
         again = normswap.apply_recipe(model, plan.recipe) if example is None else folded
         assert again.state_dict().keys() == folded.state_dict().keys()
         tally.foldable += sum(

@@ -50,8 +50,8 @@ def carry(
 ) -> Callable[[], Callable[[], None]]:
     """Give ``built`` what ``source`` had: flags, followers, parametrizations, other children and attributes; in place.
 
-    ``homes``, modules around it from near to far, lend device and dtype to a replacement of a norm without tensors. Returns what hands the
-    hooks over at the swap, which returns what hands them back."""
+    ``homes``, modules around it from near to far, lend device and dtype to a replacement of a norm without tensors.
+    Returns what hands the hooks over at the swap, which returns what hands them back."""
     _place(built, norm, homes)
     _flags(built, norm)
     built.training = source.training

@@ -459,7 +459,8 @@ def _follows(module: nn.Module) -> bool:
 
 
 def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:
-    """Whether ``axis`` of a value is where a layer has its channels; of a convolution it is axis 1, if not shown otherwise."""
+    """Whether ``axis`` of a value is where a layer has its channels; of a convolution it is axis 1, if not shown
+    otherwise."""
     shape = flow.shape(node)
     if shape is None:
         return axis == 1 and layer.kind != "linear"
@@ -528,7 +529,7 @@ def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callabl
             ) from error
     old = reference.module
     built = _left(change, old)
-    hand_over = carry(old, built, registry.read(old), None)
+    hand_over = carry(old, built, registry.read(old))
     for slot in reference.slots:
         slot.put(built)
         undo.append(partial(slot.put, old))

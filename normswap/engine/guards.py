@@ -69,8 +69,8 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
 
 def fast_paths_off(model: nn.Module, parents: Iterable[nn.Module]) -> Callable[[], None]:
     """Switch off the fused inference kernel of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever its
-    children are, and the nested tensors that ``nn.TransformerEncoder`` makes for it. Returns what switches them on again.
-    """
+    children are, and the nested tensors that ``nn.TransformerEncoder`` makes for it. Returns what switches them on
+    again."""
     layers = {id(p): p for p in parents if isinstance(p, nn.TransformerEncoderLayer)}
     switches: list[tuple[nn.Module, str]] = [(layer, "activation_relu_or_gelu") for layer in layers.values()]
     if layers:

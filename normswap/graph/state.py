@@ -41,10 +41,11 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
         yield effects
     finally:
         for module, own, contents in saved:
-            effects.extend(f"sets {name}" for name in _put_back(vars(module), own))
+            effects.extend(_put_back(vars(module), own))
             for container, items in contents:
                 if _differ(_items(container), items):
-                    effects.append(f"changes a {type(container).__name__} it holds")
+                    counts = _counted(_items(container), items)
+                    effects.append(f"{'counts in' if counts else 'changes'} a {type(container).__name__} it holds")
                     _refill(container, items)
         for before, (get, put) in zip(states, _GENERATORS, strict=True):
             if _drawn(before, get()):
@@ -53,12 +54,19 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _put_back(now: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """Names of the attributes that were set, deleted or replaced; they are restored."""
+    """What was done to attributes: set, deleted or replaced; they are restored."""
     changed = [k for k in {**own, **now} if k not in own or k not in now or now[k] is not own[k]]
+    told = [f"{'counts in' if _counted([now.get(k)], [own.get(k)]) else 'sets'} {k}" for k in changed]
     if changed:
         now.clear()
         now.update(own)
-    return changed
+    return told
+
+
+def _counted(now: list[Any], before: list[Any]) -> bool:
+    """Whether a number became another number, on which the next call may depend."""
+    numbers = (bool, int, float)
+    return any(type(a) in numbers and type(b) in numbers and a != b for a, b in zip(now, before, strict=False))
 
 
 def _items(container: Any) -> list[Any]:

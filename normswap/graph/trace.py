@@ -9,14 +9,17 @@ from __future__ import annotations
 import builtins
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from normswap import registry
 from normswap.errors import NormswapError, Refusal
@@ -45,6 +48,19 @@ class Region:
     """Submodules (by name inside the region) that could not be traced, with the reason."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Tensors made in the ``forward`` by Python alone, by the name the graph gives them."""
+    kept: frozenset[fx.Node] = frozenset()
+    """Values that the ``forward`` stores in attributes, where other code may read them."""
+    doubt: str | None = None
+    """Why another call may take another path."""
+    assumes_tensors: bool = False
+    """Whether it asked if an argument is a tensor; the trace took it for one."""
+    when: str = ""
+    """The circumstances of a trace that is not the usual one."""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, traced: Trace, when: str = "") -> Region:
+        told = (traced.graph, traced.opaque, traced.constants, traced.kept, traced.doubt, traced.assumes_tensors)
+        return cls(name, module, *told, when)
 
     def qualified(self, target: str) -> str:
         return f"{self.name}.{target}" if self.name else target
@@ -66,6 +82,15 @@ class Trace:
     """Tensors made in the ``forward`` by Python alone, by the name the graph gives them."""
     effects: list[str] = field(default_factory=list)
     """What the ``forward`` does that the graph does not hold."""
+    kept: frozenset[fx.Node] = frozenset()
+    """Values that the ``forward`` stores in attributes."""
+    assumes_tensors: bool = False
+    """Whether it asked if an argument is a tensor."""
+
+    @property
+    def doubt(self) -> str | None:
+        told = [effect for effect in self.effects if effect.startswith(("counts", "draws"))]
+        return f"its forward {told[0]}, on which its path may depend" if told else None
 
 
 class RegionTracer(fx.Tracer):
@@ -74,8 +99,15 @@ class RegionTracer(fx.Tracer):
     Optional arguments are traced at their defaults, of which :func:`check_default` takes care.
     """
 
-    def __init__(self, leaf: Callable[[nn.Module], bool] = is_leaf) -> None:
+    def __init__(
+        self, leaf: Callable[[nn.Module], bool] = is_leaf, *, given: bool = False, tensors: bool = True
+    ) -> None:
         super().__init__()
+        self.given = given
+        """Trace with optional arguments given: something for ``None``, the other truth value."""
+        self.tensors = tensors
+        """What to answer when code asks whether an argument is a tensor."""
+        self.assumes_tensors = False
         self.proxy_buffer_attributes = True
         self.leaf = leaf
         self.opaque: dict[str, str] = {}
@@ -126,8 +158,10 @@ class RegionTracer(fx.Tracer):
         values: dict[str, Any] = {}
         given: dict[str, fx.Proxy] = {}
         for p in sorted(parameters, key=lambda p: p.default is not p.empty):
-            if p.default is p.empty:
+            if p.default is p.empty or (self.given and p.default is None):
                 values[p.name] = self.create_proxy("placeholder", p.name, (), {})
+            elif self.given and type(p.default) is bool:
+                values[p.name] = not p.default
             else:
                 values[p.name] = p.default
                 if _literal(p.default):
@@ -193,6 +227,10 @@ def _tensors_for(function: Any) -> Iterator[None]:
 
 def _isinstance(value: Any, classes: Any) -> bool:
     if builtins.isinstance(value, fx.Proxy) and not _is_size(value.node, 8) and issubclass(Tensor, classes):
+        tracer: Any = value.tracer
+        if value.node.op == "placeholder" or value.node.target in tracer.opaque:
+            tracer.assumes_tensors = True
+            return bool(tracer.tensors)
         return True
     return builtins.isinstance(value, classes)
 
@@ -227,11 +265,17 @@ def quiet_checks(module: nn.Module) -> Iterator[None]:
             del vars(module)[name]
 
 
-def trace(module: nn.Module, leaf: Callable[[nn.Module], bool] = is_leaf) -> Trace:
+def trace(
+    module: nn.Module,
+    leaf: Callable[[nn.Module], bool] = is_leaf,
+    *,
+    given: bool = False,
+    tensors: bool = True,
+) -> Trace:
     """Trace a module's ``forward`` with optional arguments at their defaults; the module is left as it was.
 
-    Placeholders keep the names of the arguments. Raises whatever the trace raised.
-    """
+    ``given`` traces it with optional arguments instead, ``tensors=False`` as if no argument was a tensor. Placeholders
+    keep the names of the arguments. Raises whatever the trace raised."""
     if isinstance(module, fx.GraphModule):
         return Trace(module.graph)
     if isinstance(module, torch.jit.ScriptModule):
@@ -240,12 +284,61 @@ def trace(module: nn.Module, leaf: Callable[[nn.Module], bool] = is_leaf) -> Tra
         raise Refusal("its forward was replaced on the instance")
     with torch.enable_grad(), warnings.catch_warnings(), unmarked(module) as effects, quiet_checks(module):
         warnings.simplefilter("ignore")
-        tracer = RegionTracer(leaf)
+        tracer = RegionTracer(leaf, given=given, tensors=tensors)
         with _tensors_for(type(module).forward):
             graph = tracer.trace(module)
+        kept = frozenset(_kept(module))
     if tracer.switches_modes:
         effects.append("switches gradients or autocast")
-    return Trace(graph, tracer.opaque, tracer.constants, effects)
+    return Trace(graph, tracer.opaque, tracer.constants, effects, kept, tracer.assumes_tensors)
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _kept(module: nn.Module) -> Iterator[fx.Node]:
+    """The nodes of what a trace left in attributes of modules."""
+    for each in module.modules():
+        for name, value in vars(each).items():
+            if name not in _INTERNAL:
+                yield from _proxies(value, 3)
+
+
+def _proxies(value: Any, depth: int) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Proxy):
+        yield value.node
+    elif depth and isinstance(value, (list, tuple, dict, set, deque)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _proxies(item, depth - 1)
+
+
+def otherwise(region: Region) -> Iterator[tuple[str, Callable[[], Trace]]]:
+    """Other circumstances under which a region's ``forward`` may take another path, in words, and what traces it so."""
+    module = region.module
+    if isinstance(module, fx.GraphModule):
+        return
+    if any(inner.training for inner in module.modules()):
+        yield "in eval mode", partial(_trace_in_eval_mode, module)
+    optional = [p for p in inspect.signature(type(module).forward).parameters.values() if _is_switch(p)]
+    if optional:
+        yield f"with {' and '.join(p.name for p in optional)} given", partial(trace, module, given=True)
+    if region.assumes_tensors:
+        yield "with an argument that is no tensor", partial(trace, module, tensors=False)
+
+
+def _is_switch(parameter: inspect.Parameter) -> bool:
+    return parameter.default is None or type(parameter.default) is bool
+
+
+def _trace_in_eval_mode(module: nn.Module) -> Trace:
+    flags = [(inner, inner.training) for inner in module.modules()]
+    try:
+        for inner, _ in flags:
+            inner.training = False
+        return trace(module)
+    finally:
+        for inner, training in flags:
+            inner.training = training
 
 
 def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
@@ -256,17 +349,18 @@ def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
     visited: set[int] = set()
 
     def descend(module: nn.Module, name: str) -> None:
-        if id(module) in visited or is_leaf(module):
+        wrapper = isinstance(module, (DataParallel, DistributedDataParallel))
+        if id(module) in visited or (is_leaf(module) and not wrapper):
             return
         visited.add(id(module))
         prefix = f"{name}." if name else ""
-        if id(module) not in seen and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if id(module) not in seen and not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not wrapper:
             try:
                 traced = trace(module)
             except Exception as error:
                 failed[name] = brief(error)
             else:
-                region = Region(name, module, traced.graph, traced.opaque, traced.constants)
+                region = Region.of(name, module, traced)
                 found.append(region)
                 for inner, reason in traced.opaque.items():
                     failed[f"{prefix}{inner}"] = reason
