@@ -211,6 +211,8 @@ def verify(
     notes.extend(variations.notes)
     notes.extend(truth.notes)
     rows = _without_zeros(_judge(rows), notes)
+    if not rows:
+        notes.append("the reference returns no tensor, so nothing was compared")
     given = [row for row in rows if row.inputs == kept[0].name]
     equivalent = bool(given) and all(row.verdict == "equivalent" for row in given)
     equivalent = equivalent and all(row.verdict != "different" for row in rows)
@@ -256,7 +258,7 @@ def _compare(
             except Exception as error:
                 rows.append(replace(blank, output="(all)", problem=f"failed: {one_line(error)}"))
                 continue
-            rows.extend(_rows(blank, own, wide, noise, got))
+            rows.extend(_rows(blank, own, wide, noise, got, notes))
     return rows, kept
 
 
@@ -291,7 +293,7 @@ def _leaf(value: Any) -> Any:
     return value if value.layout == torch.strided else value.to_dense()
 
 
-def _rows(blank: Row, own: Outputs, wide: Outputs, noise: Outputs, got: Outputs) -> Iterator[Row]:
+def _rows(blank: Row, own: Outputs, wide: Outputs, noise: Outputs, got: Outputs, notes: list[str]) -> Iterator[Row]:
     for name in [name for name in own if name not in got]:
         yield replace(blank, output=name, problem="the candidate does not have this output")
     for name, value in got.items():
@@ -301,7 +303,9 @@ def _rows(blank: Row, own: Outputs, wide: Outputs, noise: Outputs, got: Outputs)
             continue
         expected = own[name]
         if not isinstance(expected, Tensor) or not isinstance(value, Tensor):
-            if type(expected) is not type(value) or not expected == value:
+            if type(expected) is type(value) and not isinstance(value, _PLAIN):
+                notes.append(f"{name} is a {type(value).__name__}, which is not compared")
+            elif type(expected) is not type(value) or expected != value:
                 problem = f"{_short(value)} instead of {_short(expected)}"
                 yield replace(row, dtype=type(value).__name__, problem=problem)
             continue
@@ -312,6 +316,9 @@ def _rows(blank: Row, own: Outputs, wide: Outputs, noise: Outputs, got: Outputs)
             yield replace(row, problem=f"{value.dtype} instead of {expected.dtype}")
         else:
             yield _measured(row, expected, wide.get(name), noise.get(name), value)
+
+
+_PLAIN = (type(None), bool, int, str, bytes)
 
 
 def _short(value: object) -> str:
@@ -330,7 +337,7 @@ def _measured(row: Row, own: Tensor, wide: Any, noise: Any, got: Tensor) -> Row:
         noise_abs *= _epsilon(own.dtype) / _epsilon(noise.dtype) if _epsilon(own.dtype) else 1.0
         row = replace(row, noise=noise_abs, floor=noise_share)
     agreement = None
-    if own.dim() == 2 and own.shape[1] > 1 and own.numel() and not own.is_complex():
+    if own.dim() == 2 and own.shape[1] > 1 and own.numel() and own.is_floating_point():
         agreement = float((got.argmax(1) == truth.argmax(1)).double().mean())
     return replace(
         row,

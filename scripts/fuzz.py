@@ -43,7 +43,8 @@ def main() -> int:
     share = total.folded / max(1, total.foldable)
     print(
         f"{options.count} networks from seed {options.seed}: {len(bad)} wrong or crashed; "
-        f"{total.folded} of {total.foldable} norms with fixed statistics folded ({share:.1%}); largest relative error {total.error:.1e}"
+        f"{total.folded} of {total.foldable} norms with fixed statistics folded ({share:.1%}); "
+        f"largest relative error {total.error:.1e}"
     )
     return 1 if bad else 0
 

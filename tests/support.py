@@ -169,11 +169,7 @@ def picture(model: nn.Module) -> Picture:
     for name, module in model.named_modules(remove_duplicate=False):
         parts[f"{name} is"] = (id(module), type(module), module.training)
         for key, value in vars(module).items():
-            if isinstance(value, (dict, list, tuple, set)):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                parts[f"{name}.{key}"] = (id(value), [(repr(k), id(v)) for k, v in items])
-            else:
-                parts[f"{name}.{key}"] = id(value)
+            parts[f"{name}.{key}"] = _identity(value)
         for key in _HOOKS:
             hooks = vars(module).get(key)
             for hook in hooks.values() if isinstance(hooks, dict) else ():
@@ -183,6 +179,17 @@ def picture(model: nn.Module) -> Picture:
         parts[f"{name} requires_grad"] = parameter.requires_grad
     tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
     return Picture(parts, tensors)
+
+
+def _identity(value: Any) -> Any:
+    """What must be the same object: tuples, which are made anew when one of their items is put back, by their items."""
+    if isinstance(value, tuple):
+        return type(value), [_identity(item) for item in value]
+    if isinstance(value, dict):
+        return id(value), [(repr(key), _identity(item)) for key, item in value.items()]
+    if isinstance(value, (list, set)):
+        return id(value), [_identity(item) for item in value]
+    return id(value)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

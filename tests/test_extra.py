@@ -120,7 +120,8 @@ def test_any_norm_becomes_any_kind_or_is_refused_with_a_reason(name: str, kind: 
         assert distance(subject(x), expected(x, target, training=training)) < tolerance(target)
     gap = distance(new.eval()(x), module.eval()(x))
     assert (change.exactness == "exact") == (gap < max(tolerance(change.source), 1e-8)), f"{change.exactness}, {gap}"
-    check_copies(new.eval(), x)
+    if kind in ("group", "frozen"):
+        check_copies(new.eval(), x)
 
 
 def test_batch_norm_act_keeps_state_dict_keys() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import normswap
 from normswap import Norm, NormswapError, Refusal, builds, convert, plan_convert, read, reads, registry
 from normswap.norms import batch
+from normswap.norms.then import followed_class
 from tests.support import check_copies, distance, only, plan_of, randomise, sample
 
 
@@ -29,6 +30,7 @@ def _registry_as_it_was() -> Iterator[None]:
         table.update(before)  # type: ignore[arg-type]
     registry._lookup.cache_clear()
     registry._load.cache_clear()
+    followed_class.cache_clear()
 
 
 class Own(nn.BatchNorm2d):

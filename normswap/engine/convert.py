@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -23,9 +24,11 @@ from normswap.graph.lift import lift
 from normswap.graph.observe import observe
 from normswap.graph.references import Reference, Slot, references
 from normswap.graph.trace import regions
+from normswap.norms.group import SINGLE_POSITION_CHANNELS, nearest_count
 from normswap.spec import Norm, exactness
 
 Init = Literal["copy", "preserve", "reset"]
+ONE_POSITION = "larger groups: its input has one position"
 INITS: tuple[Init, ...] = ("copy", "preserve", "reset")
 
 
@@ -139,8 +142,13 @@ def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflo
         evidence = dataflow.of(site, norm.channels)
         if evidence.rank is not None and (norm.ranks is None or evidence.rank in norm.ranks):
             norm = replace(norm, ranks=frozenset({evidence.rank}))
+    elif to == "group" and not options:
+        evidence = dataflow.of(site, norm.channels)
     settled = {name: value(norm.channels) if callable(value) else value for name, value in options.items()}
     try:
+        regrouped = to == "group" and not options and _one_position(site, norm, evidence)
+        if regrouped:
+            settled["groups"] = nearest_count(norm.channels, SINGLE_POSITION_CHANNELS)
         built = build(norm, to, settled, init)
         target = describe(built, norm, to)
     except Refusal as refusal:
@@ -166,13 +174,20 @@ def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflo
         to=to,
         aliases=site.aliases,
         lost=lost(norm, target),
-        notes=_notes(site, norm, target, init, fewest),
+        notes=(*_notes(site, norm, target, init, fewest), *([ONE_POSITION] if regrouped else [])),
         evidence=site.evidence,
         functional=site.functional,
         options=settled,
         init=init,
         classes=(registry.dotted(type(site.module)), registry.dotted(type(built))),
     )
+
+
+def _one_position(site: Site, norm: Norm, evidence: Evidence) -> bool:
+    """Whether a channel of the norm's input is known to be a single value for every sample."""
+    if site.shapes:
+        return any(prod(shape[2:]) == 1 for shape in site.shapes)
+    return evidence.single or norm.ranks == frozenset({2})
 
 
 def describe(built: nn.Module, norm: Norm, kind: str) -> Norm:

@@ -6,19 +6,20 @@ which counts the real calls; without one, by the code of the modules around it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from normswap import registry
 from normswap.fold.passages import Flow
 from normswap.graph.observe import Observation, eval_mode, observe
 from normswap.graph.reach import Reach, of_method, reach
 from normswap.graph.references import Reference
 from normswap.graph.shapes import inferred, seen
-from normswap.graph.trace import Region, brief, regions
+from normswap.graph.trace import Region, brief, otherwise, regions
 
 Place = tuple[Flow, fx.Node]
 _ITERATES = frozenset(
@@ -33,19 +34,26 @@ class Dataflow:
         self, model: nn.Module, found: dict[int, Reference], example_inputs: tuple[Any, ...] | None = None
     ) -> None:
         self.references = found
+        self.by_name = {name: reference for reference in found.values() for name in reference.names}
         traced, self.failed = regions(model)
         self.observation: Observation | None = None
-        self.untrusted: dict[int, str] = {}
+        self.notes: list[str] = []
+        """What the answers assume."""
+        self.untrusted = {id(region): region.doubt for region in traced if region.doubt is not None}
         if example_inputs is not None:
             self.observation = observe(model, example_inputs, [region.module for region in traced])
             with eval_mode(model):
                 self.flows = [self._seen(region) for region in traced]
         else:
             self.flows = [Flow(region, inferred(region)) for region in traced]
+            self.flows += [Flow(region, inferred(region)) for each in traced for region in self._otherwise(each)]
         self.calls: dict[int, list[Place]] = {}
         self.tensor_reads: dict[int, list[Place]] = {}
         for flow in self.flows:
             self._index(flow)
+        read = [identity for flow in self.flows for identity in flow.region.reads]
+        for identity in (*read, *_held(found), *(self.observation.reads if self.observation else ())):
+            self.tensor_reads.setdefault(identity, [])
 
     @property
     def evidence(self) -> str:
@@ -53,18 +61,36 @@ class Dataflow:
 
     def _seen(self, region: Region) -> Flow:
         assert self.observation is not None
-        run = self.observation.runs.get(id(region.module))
-        if run is None:
-            return Flow(region, inferred(region))
-        args, kwargs, output = run
-        try:
-            values, result = seen(region, args, kwargs)
-        except Exception as error:
-            self.untrusted[id(region)] = f"its trace does not run on example_inputs ({brief(error)})"
-            return Flow(region, inferred(region))
-        if not _same(result, output):
-            self.untrusted[id(region)] = "its trace does not compute on example_inputs what the module does"
-        return Flow(region, values)
+        runs = self.observation.runs.get(id(region.module), [])
+        flow = Flow(region, inferred(region))
+        for run in runs:
+            try:
+                values, result = seen(region, run.args, run.kwargs)
+            except Exception as error:
+                self.untrusted[id(region)] = f"its trace does not run on example_inputs ({brief(error)})"
+                return flow
+            if not _same(result, run.output):
+                self.untrusted[id(region)] = "its trace does not compute on example_inputs what the module does"
+            if run is runs[0]:
+                flow = Flow(region, values)
+        return flow
+
+    def _otherwise(self, region: Region) -> Iterator[Region]:
+        """The region under other circumstances, in which a fold must hold too."""
+        if not any(registry.registered(module) for module in region.module.modules()):
+            return
+        for when, retrace in otherwise(region):
+            try:
+                yield Region.of(region.name, region.module, retrace(), when)
+            except Exception as error:
+                if when.endswith("no tensor"):  # it asked in order to raise
+                    continue
+                if region.name or "given" not in when:
+                    self.untrusted[id(region)] = f"{when} it cannot be traced ({brief(error)}); pass example_inputs"
+                else:
+                    self.notes.append(
+                        f"{when} the model cannot be traced ({brief(error)}): the plan holds for calls without"
+                    )
 
     def _index(self, flow: Flow) -> None:
         for node in flow.region.graph.nodes:
@@ -72,6 +98,8 @@ class Dataflow:
             if module is not None:
                 self.calls.setdefault(id(module), []).append((flow, node))
             elif node.op == "get_attr":
+                if str(node.target) in flow.region.constants:
+                    continue
                 tensor = _attribute(flow.region.module, str(node.target))
                 if isinstance(tensor, Tensor):
                     self.tensor_reads.setdefault(id(tensor), []).append((flow, node))
@@ -89,12 +117,16 @@ class Dataflow:
         for flow, _ in places:
             if (reason := self.untrusted.get(id(flow.region))) is not None:
                 return reason
-        if self.observation is not None:
+        if self.observation is not None and id(module) in self.observation.modules:
             return self._miscounted(module, places)
+        for name in self.references[id(module)].names:
+            for above in (name, *_prefixes(name)[:-1]):
+                if above in self.by_name and (holder := self.by_name[above].captured) is not None:
+                    return f"{holder} also holds {above} in a closure, method or object; pass example_inputs"
         for flow, node in places:
             if flow.region.name and (reason := self._reached_from_outside(flow, str(node.target))) is not None:
                 return reason
-        for name in self.references[id(module)].names[1:]:
+        for name in self._aliases(module):
             if not any(flow.region.qualified(str(node.target)) == name for flow, node in places) and self._uncovered(
                 name
             ):
@@ -107,20 +139,56 @@ class Dataflow:
             above = reference.name
             if above not in self.failed or not any(_below(name, above) for name in self.references[id(module)].names):
                 continue
-            if read := _TENSORS & reach(reference.module).foreign:
-                holder = above or "the model"
+            found = reach(reference.module)
+            holder = above or "the model"
+            if read := _TENSORS & found.foreign:
                 return f"the code of {holder} cannot be traced and reads the {sorted(read)[0]} of some module"
+            if self.observation is None and (tricks := found.tricks & _READS_ANY):
+                return f"the code of {holder} cannot be traced and uses {sorted(tricks)[0]}; pass example_inputs"
         return None
+
+    def asked_for(self, module: nn.Module) -> str | None:
+        """Why the code around a module may take another path when a module of another class stands there."""
+        for holder, found in self._above(module):
+            for cls in found.classes:
+                if isinstance(module, cls):
+                    return f"the code of {holder} asks for a {cls.__name__}"
+            for text in found.asked:
+                if (hasattr(module, text) and not hasattr(_PLAIN, text)) or text in type(module).__name__:
+                    return f"the code of {holder} asks for {text!r}"
+        return None
+
+    def asks_for_bias(self, module: nn.Module) -> str | None:
+        """Why the code around a layer may take another path when the layer gets a bias."""
+        for holder, found in self._above(module):
+            if "bias" in found.asked or "bias" in found.foreign:
+                return f"the code of {holder} asks for a bias, which this layer does not have"
+        return None
+
+    def _above(self, module: nn.Module) -> Iterator[tuple[str, Reach]]:
+        """What the code of every module above one can reach."""
+        seen: set[str] = set()
+        for name in self.references[id(module)].names:
+            for above in _prefixes(name):
+                if above not in seen and above in self.by_name:
+                    seen.add(above)
+                    yield above or "the model", reach(self.by_name[above].module)
+
+    def _aliases(self, module: nn.Module) -> Iterator[str]:
+        """Other names of a module, and those it has by other names of the modules above it."""
+        known, *others = self.references[id(module)].names
+        yield from others
+        for above in _prefixes(known)[:-1]:
+            for other in self.by_name[above].names[1:] if above in self.by_name else ():
+                yield f"{other}{known.removeprefix(above)}"
 
     def _uncovered(self, name: str) -> bool:
         """Whether an alias lies where no region's graph looks."""
-        above = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)] + [""]
-        return any(module in self.failed for module in above)
+        return any(module in self.failed for module in _prefixes(name))
 
     def _untraced(self, reference: Reference) -> str:
         for name in reference.names:
-            above = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)] + [""]
-            for module in above:
+            for module in _prefixes(name):
                 if module in self.failed:
                     return f"{module or 'the model'} cannot be traced ({self.failed[module]})"
         return "no traced code calls it"
@@ -134,7 +202,8 @@ class Dataflow:
             shown += root.count if root is not None else 0
         count = 0 if ran is None else ran.count
         if count == shown:
-            return None
+            ranks = {len(shape) for shape in ran.shapes} if ran is not None else set()
+            return "it ran on inputs of different ranks" if len(ranks) > 1 else None
         return f"it ran {count} times on example_inputs, the traced code shows {shown}: it is called from elsewhere"
 
     def _reached_from_outside(self, flow: Flow, target: str) -> str | None:
@@ -146,8 +215,7 @@ class Dataflow:
             if above not in self.failed or not _below(name, above):
                 continue
             path = name[len(above) + 1 if above else 0 :].split(".")
-            found = reach(reference.module)
-            if _touches(found, path, first, flow.region.module):
+            if _touches(reach(reference.module), reference.module, path, first):
                 holder = above or "the model"
                 return (
                     f"the code of {holder} cannot be traced and may reach into {name}; pass example_inputs to settle it"
@@ -155,31 +223,50 @@ class Dataflow:
         return None
 
 
+def _prefixes(name: str) -> list[str]:
+    """The names of all modules above one, the nearest first."""
+    return [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)] + [""] * bool(name)
+
+
+_PLAIN = nn.Identity()
 _TENSORS = frozenset({"weight", "bias", "running_mean", "running_var"})
+_READS_ANY = frozenset({"parameters", "named_parameters", "state_dict", "get_parameter", "__dict__"})
 
 
 def _below(name: str, above: str) -> bool:
     return name != above and (not above or name.startswith(f"{above}."))
 
 
-def _touches(found: Reach, path: list[str], first: str, root: nn.Module) -> bool:
-    if first in found.foreign or _ITERATES & found.foreign or path[0] in found.handled:
+def _touches(found: Reach, holder: nn.Module, path: list[str], inner: str) -> bool:
+    """Whether code of ``holder`` may use ``inner`` of the module at ``path`` below it, not only call that module."""
+    if inner in found.foreign or found.tricks or path[0] in found.handled | found.foreign:
         return True
     attributes = {attribute for child, attribute in found.child_reads if child == path[0]}
-    if _ITERATES & attributes:
+    if _ITERATES & attributes or (path[1] if len(path) > 1 else inner) in attributes:
         return True
-    inside = path[1] if len(path) > 1 else first
-    if inside in attributes:
-        return True
-    if len(path) > 1:
-        return False
-    cls: Any = type(root)
-    methods = [name for name in attributes if callable(getattr(cls, name, None))]
-    for method in methods:
+    child = holder._modules.get(path[0])
+    cls: Any = type(child)
+    for method in attributes:
+        if child is None or not callable(getattr(cls, method, None)):
+            continue
         called = of_method(cls, method)
-        if first in called.handled or any(child == first for child, _ in called.child_reads):
+        if len(path) == 1 and (inner in called.loaded or called.tricks):
+            return True
+        if len(path) > 1 and _touches(called, child, path[1:], inner):
             return True
     return False
+
+
+def _held(found: dict[int, Reference]) -> Iterator[int]:
+    """The ``id`` of tensors that modules hold in plain lists, tuples and dicts, where any code may read them."""
+    for reference in found.values():
+        for name, value in vars(reference.module).items():
+            if name not in _INTERNAL and isinstance(value, (list, tuple, dict)):
+                items = value.values() if isinstance(value, dict) else value
+                yield from (id(item) for item in items if isinstance(item, Tensor))
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
@@ -196,8 +283,9 @@ def _same(ours: Any, theirs: Any) -> bool:
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape or x.dtype != y.dtype:
             return False
-        if x.is_floating_point() and not torch.allclose(
-            x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0, equal_nan=True
-        ):
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                return False
+        elif not torch.allclose(x, y, rtol=1e-3, atol=1e-3 * float(y.abs().max()) if y.numel() else 0, equal_nan=True):
             return False
     return True

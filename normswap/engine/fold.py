@@ -27,6 +27,7 @@ from normswap.fold import layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
+from normswap.graph.overwrites import Overwrites
 from normswap.graph.reach import reach
 from normswap.graph.references import Reference, references
 from normswap.graph.shapes import argument
@@ -82,6 +83,7 @@ def _plan(
             plan.skips.append(change)
     if any(module.training for module in model.modules()) and not plan.changes:
         plan.notes = ("the model is in train mode: call model.eval() before folding",)
+    plan.notes = (*plan.notes, *flow.notes)
     return plan
 
 
@@ -112,6 +114,7 @@ class _Trial:
     absorbs: dict[tuple[int, Side], tuple[nn.Module, Layer, Affine]] = field(default_factory=dict)
     reached: dict[int, set[fx.Node]] = field(default_factory=dict)
     composes: dict[int, Affine] = field(default_factory=dict)
+    """What norms in front take in, by ``id`` of their module."""
 
 
 class _Search:
@@ -133,6 +136,7 @@ class _Search:
         self.folds: dict[int, Fold] = {}
         self.reasons: dict[int, str] = {}
         self.layer_reasons: dict[int, str | None] = {}
+        self.overwrites: dict[int, Overwrites] = {}
         self.biased: set[int] = set()
         """Layers without a bias that get one."""
 
@@ -165,7 +169,7 @@ class _Search:
         for field_name, tensor in norm.tensors.items():
             if id(tensor) in self.flow.tensor_reads:
                 return f"the code around it also reads its {field_name} directly"
-        if (reason := self.flow.read_in_doubt(site.module)) is not None:
+        if (reason := self.flow.read_in_doubt(site.module) or self.flow.asked_for(site.module)) is not None:
             return reason
         if not Affine(*affine).finite:
             return "its statistics are not finite, or a variance is negative"
@@ -214,7 +218,7 @@ class _Search:
                 self.biased.add(id(module))
             record.biased[name] = bias
         for other, affine in trial.composes.items():
-            self.affines[other] = affine
+            self.affines[other] = affine.after(self.affines[other])
             record.steps.append((self.references[other].name, "output", None, affine))
 
     def _incomplete(self, trial: _Trial) -> str | None:
@@ -223,6 +227,9 @@ class _Search:
             sites = self.flow.calls.get(identity, [])
             if len(nodes) != len(sites):
                 name = self.references[identity].name
+                when = next(flow.region.when for flow, node in sites if node not in nodes)
+                if when:
+                    return f"{when}, {name} does not lead to this norm alone"
                 return f"{name} is called at {len(sites)} sites and only {len(nodes)} of them lead to this norm"
         return None
 
@@ -247,6 +254,8 @@ class _Search:
             if users != [user] or list(user.all_input_nodes).count(node) != 1 or _uses(user, node) != 1:
                 others = [passages.label(flow, other) for other in users if other is not user] or ["the same operation"]
                 return f"{passages.label(flow, node)} is also read by {others[0]}"
+            if node in flow.region.kept:
+                return f"{passages.label(flow, node)} is also kept in an attribute"
             module = flow.module(node)
             if module is not None:
                 reason = self._absorb_or_pass(flow, need, module, node, trial, pending)
@@ -311,9 +320,9 @@ class _Search:
             return f"{passages.label(flow, node)} stands between"
         if (reason := self.flow.unsettled(module)) is not None:
             return reason
-        if len(self.flow.sites(module)) != 1:
-            return f"{passages.label(flow, node)} is called at several sites"
-        trial.composes[id(module)] = need.affine.after(trial.composes.get(id(module), self.affines[id(module)]))
+        if not trial.composes.setdefault(id(module), need.affine).same(need.affine):
+            return f"{passages.label(flow, node)} is called at several sites with different norms behind"
+        trial.reached.setdefault(id(module), set()).add(node)
         return None
 
     # --- forward -----------------------------------------------------------------------------------------------------
@@ -324,7 +333,16 @@ class _Search:
         for flow, node in self.flow.sites(site.module):
             if (reason := self._input_side(flow, Need(node, self.affines[self.key(site)], 1), trial)) is not None:
                 return reason
+            if (reason := self._overwritten(flow, node, trial)) is not None:
+                return reason
         return None
+
+    def _overwritten(self, flow: Flow, node: fx.Node, trial: _Trial) -> str | None:
+        """Without the norm its readers get its input itself, which nothing may change before they have read it."""
+        if id(flow) not in self.overwrites:
+            self.overwrites[id(flow)] = Overwrites(flow.region, lambda module: id(module) in self.gone)
+        writer = self.overwrites[id(flow)].between(node, set().union(*trial.reached.values()))
+        return None if writer is None else f"{passages.label(flow, writer)} changes its input in place"
 
     def _input_side(self, flow: Flow, need: Need, trial: _Trial) -> str | None:
         pending = [need]
@@ -333,6 +351,8 @@ class _Search:
             users = passages.value_users(need.node)
             if not users:
                 return "nothing reads it"
+            if need.node in flow.region.kept:
+                return "it is also kept in an attribute"
             for user in users:
                 if _uses(user, need.node) != 1:
                     return f"{passages.label(flow, user)} reads it twice"
@@ -377,6 +397,12 @@ class _Search:
         if layers.may_overflow(module, affine):
             dtype = str(module.weight.dtype).removeprefix("torch.")
             return f"the folded weights of {self.references[id(module)].name} may not be finite in {dtype}"
+        if (
+            getattr(module, "bias", None) is None
+            and not affine.no_shift
+            and (reason := self.flow.asks_for_bias(module))
+        ):
+            return reason
         key: tuple[int, Side] = (id(module), side)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):

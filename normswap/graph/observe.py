@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from normswap.errors import NormswapError
 from normswap.graph.functional import SIGNATURES, arguments, is_norm_function
 from normswap.graph.state import unmarked
+from normswap.graph.trace import values_read
 
 
 @dataclass
@@ -40,8 +42,21 @@ class Observation:
     functions: dict[int, list[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     objects: dict[int, nn.Module] = field(default_factory=dict)
     """The modules that ran, by ``id``."""
-    runs: dict[int, tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=dict)
-    """Arguments, keyword arguments and result of the first call of watched modules, by ``id``."""
+    runs: dict[int, list[Run]] = field(default_factory=dict)
+    """Of the calls of watched modules, by ``id``, the first with each kind of arguments."""
+    reads: dict[int, str] = field(default_factory=dict)
+    """``id`` of tensors of a module that other code read, and the class whose code it was."""
+
+
+@dataclass
+class Run:
+    """One call of a module, with copies of what it took and gave: later code may change them in place."""
+
+    kind: str
+    """The structure of its arguments: ranks, dtypes, and what is no tensor."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
 
 
 @contextmanager
@@ -62,15 +77,44 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def _kind(args: Any, kwargs: Any) -> str:
+    leaves, structure = _pytree.tree_flatten((args, kwargs))
+    told = [
+        f"{leaf.dim()}{leaf.dtype}" if isinstance(leaf, Tensor)
+        else repr(leaf) if leaf is None or isinstance(leaf, (bool, str))
+        else type(leaf).__name__
+        for leaf in leaves
+    ]  # fmt: skip
+    return f"{structure} {told}"
+
+
+def _copied(value: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), value)
+
+
 class _Functions(TorchFunctionMode):
     def __init__(self, observation: Observation, stack: list[nn.Module]) -> None:
         super().__init__()
         self.observation = observation
         self.stack = stack
         self.inside = False
+        self.owners: dict[int, set[int]] = {}
+        for module in stack[0].modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self.owners.setdefault(id(tensor), set()).add(id(module))
+
+    def note_reads(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Tensors of modules that a function takes while another module's code runs."""
+        running = self.stack[-1]
+        for tensor in values_read(func, args, kwargs):
+            owners = self.owners.get(id(tensor))
+            if owners is not None and id(running) not in owners:
+                self.observation.reads.setdefault(id(tensor), type(running).__name__)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.note_reads(func, args, kwargs)
         if self.inside or not is_norm_function(func):
             return func(*args, **kwargs)
         if func in SIGNATURES:
@@ -112,11 +156,23 @@ def observe(model: nn.Module, example_inputs: tuple[Any, ...], watched: Iterable
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         stack.pop()
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if id(module) not in observation.runs:
-            observation.runs[id(module)] = (args, kwargs, output)
+    open_runs: list[Run | None] = []
 
-    handles = [module.register_forward_hook(watch, with_kwargs=True) for module in watched]
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kind = _kind(args, kwargs)
+        known = {run.kind for run in observation.runs.get(id(module), [])}
+        open_runs.append(None if kind in known else Run(kind, _copied(args), _copied(kwargs)))
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = open_runs.pop()
+        if run is not None:
+            run.output = _copied(output)
+            observation.runs.setdefault(id(module), []).append(run)
+
+    handles: list[Any] = []
+    for module in watched:
+        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(module.register_forward_hook(end, with_kwargs=True, prepend=True))
     handles += [
         register_module_forward_pre_hook(enter),
         torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),

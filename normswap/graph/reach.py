@@ -21,6 +21,23 @@ from torch import fx, nn
 
 from normswap.graph.functional import NAMES, is_norm_function
 
+_LOOKS_AT = frozenset({"hasattr", "getattr", "type", "__class__", "__name__"})
+_BY_NAME = frozenset({"getattr", "vars", "attrgetter", "eval", "exec"})
+_ALL_MODULES = frozenset(
+    {
+        "children",
+        "modules",
+        "named_children",
+        "named_modules",
+        "get_submodule",
+        "_modules",
+        "__dict__",
+        "__getattr__",
+        "get_parameter",
+        "apply",
+    }
+)
+_ALL_TENSORS = frozenset({"parameters", "named_parameters", "state_dict"})
 _CALL_ONLY = frozenset({"forward", "__call__", "training", "train", "eval", "to", "parameters", "named_parameters"})
 
 
@@ -34,12 +51,24 @@ class Reach:
     """Children that are used as values, not only called: iterated, indexed, passed on."""
     foreign: set[str] = field(default_factory=set)
     """Attributes read from other objects than ``self``: a loop variable, an argument, a child's child."""
+    loaded: set[str] = field(default_factory=set)
+    """Attributes of ``self`` that are read or called."""
+    classes: set[type] = field(default_factory=set)
+    """Module classes that are named, as in ``isinstance(layer, nn.BatchNorm2d)``."""
+    asked: set[str] = field(default_factory=set)
+    """Texts in code that looks at attributes or class names: ``hasattr(layer, "running_mean")``."""
+    tricks: set[str] = field(default_factory=set)
+    """Means to reach any module or tensor by which no name is seen: ``getattr``, ``self.modules()``."""
 
     def update(self, other: Reach) -> None:
         self.functions |= other.functions
         self.child_reads |= other.child_reads
         self.handled |= other.handled
         self.foreign |= other.foreign
+        self.loaded |= other.loaded
+        self.classes |= other.classes
+        self.asked |= other.asked
+        self.tricks |= other.tricks
 
 
 def reach(module: nn.Module) -> Reach:
@@ -148,6 +177,12 @@ def _of_code(
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             found.update(_of_code(constant, names, cells, cls, seen, depth))
+    used = set(code.co_names)
+    if used & _LOOKS_AT:
+        found.asked |= {text for constant in code.co_consts for text in _texts(constant)}
+    found.tricks |= used & (_BY_NAME | _ALL_MODULES)
+    if used & _ALL_TENSORS and "next" not in used:  # next(self.parameters()).device is common and harmless
+        found.tricks |= used & _ALL_TENSORS
     imports = any(instruction.opname == "IMPORT_NAME" for instruction in dis.get_instructions(code))
     current: Any = None  # the object on top of the stack, as far as it is known
     child: str | None = None  # the attribute of self that is on top of the stack
@@ -164,8 +199,10 @@ def _of_code(
                 for method in _all_methods(cls):
                     found.update(_of_value(method, cls, seen, depth - 1))
             found.update(_of_value(current, cls, seen, depth - 1))
+            found.classes.update(_module_classes(current))
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
             current, child = cells.get(value), None
+            found.classes.update(_module_classes(current))
         elif name.startswith("LOAD_FAST"):
             last = value[-1] if isinstance(value, tuple) else value
             current, child = (_SELF if last == this else None), None
@@ -173,8 +210,10 @@ def _of_code(
             if name == "LOAD_SUPER_ATTR" or current is _SUPER or current is _SELF:
                 for method in _methods(cls, value):
                     found.update(_of_value(method, cls, seen, depth - 1))
-                if current is _SELF and _handles(instructions, index):
-                    found.handled.add(value)
+                if current is _SELF:
+                    found.loaded.add(value)
+                    if _handles(instructions, index):
+                        found.handled.add(value)
                 child, current = (value if current is _SELF else None), None
             elif child is not None:
                 if value not in _CALL_ONLY:
@@ -192,6 +231,7 @@ def _of_code(
                     found.functions.add(value)
                 current = getattr(current, value, None) if known else None
                 found.update(_of_value(current, cls, seen, depth - 1))
+                found.classes.update(_module_classes(current))
         elif name == "IMPORT_FROM" and value in NAMES:
             found.functions.add(value)
         elif name in ("CALL", "CALL_FUNCTION"):
@@ -201,6 +241,20 @@ def _of_code(
             current, child = None, None
         read = None
     return found
+
+
+def _texts(constant: Any) -> Iterator[str]:
+    if isinstance(constant, str):
+        yield constant
+    elif isinstance(constant, (tuple, frozenset)):
+        for item in constant:
+            yield from _texts(item)
+
+
+def _module_classes(value: Any) -> Iterator[type]:
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(item, type) and issubclass(item, nn.Module) and item is not nn.Module:
+            yield item
 
 
 def _handles(instructions: list[dis.Instruction], index: int) -> bool:

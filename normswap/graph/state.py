@@ -44,8 +44,8 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
             effects.extend(_put_back(vars(module), own))
             for container, items in contents:
                 if _differ(_items(container), items):
-                    counts = _counted(_items(container), items)
-                    effects.append(f"{'counts in' if counts else 'changes'} a {type(container).__name__} it holds")
+                    number = ", by a number" if _counted(_items(container), items) else ""
+                    effects.append(f"changes a {type(container).__name__} it holds{number}")
                     _refill(container, items)
         for before, (get, put) in zip(states, _GENERATORS, strict=True):
             if _drawn(before, get()):
@@ -56,7 +56,7 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
 def _put_back(now: dict[str, Any], own: dict[str, Any]) -> list[str]:
     """What was done to attributes: set, deleted or replaced; they are restored."""
     changed = [k for k in {**own, **now} if k not in own or k not in now or now[k] is not own[k]]
-    told = [f"{'counts in' if _counted([now.get(k)], [own.get(k)]) else 'sets'} {k}" for k in changed]
+    told = [f"sets {k}{', a number' if _counted([now.get(k)], [own.get(k)]) else ''}" for k in changed]
     if changed:
         now.clear()
         now.update(own)

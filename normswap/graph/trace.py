@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from normswap import registry
 from normswap.errors import NormswapError, Refusal
@@ -54,13 +55,16 @@ class Region:
     """Why another call may take another path."""
     assumes_tensors: bool = False
     """Whether it asked if an argument is a tensor; the trace took it for one."""
+    reads: frozenset[int] = frozenset()
+    """``id`` of tensors whose values the ``forward`` read while it was traced."""
     when: str = ""
     """The circumstances of a trace that is not the usual one."""
 
     @classmethod
     def of(cls, name: str, module: nn.Module, traced: Trace, when: str = "") -> Region:
-        told = (traced.graph, traced.opaque, traced.constants, traced.kept, traced.doubt, traced.assumes_tensors)
-        return cls(name, module, *told, when)
+        region = cls(name, module, traced.graph, traced.opaque, traced.constants, traced.kept, traced.doubt)
+        region.assumes_tensors, region.reads, region.when = traced.assumes_tensors, traced.reads, when
+        return region
 
     def qualified(self, target: str) -> str:
         return f"{self.name}.{target}" if self.name else target
@@ -86,10 +90,12 @@ class Trace:
     """Values that the ``forward`` stores in attributes."""
     assumes_tensors: bool = False
     """Whether it asked if an argument is a tensor."""
+    reads: frozenset[int] = frozenset()
+    """``id`` of tensors, no proxies, whose values it read."""
 
     @property
     def doubt(self) -> str | None:
-        told = [effect for effect in self.effects if effect.startswith(("counts", "draws"))]
+        told = [effect for effect in self.effects if effect.startswith("draws") or effect.endswith("number")]
         return f"its forward {told[0]}, on which its path may depend" if told else None
 
 
@@ -285,15 +291,45 @@ def trace(
     with torch.enable_grad(), warnings.catch_warnings(), unmarked(module) as effects, quiet_checks(module):
         warnings.simplefilter("ignore")
         tracer = RegionTracer(leaf, given=given, tensors=tensors)
-        with _tensors_for(type(module).forward):
+        with _tensors_for(type(module).forward), _Reads() as reads:
             graph = tracer.trace(module)
         kept = frozenset(_kept(module))
     if tracer.switches_modes:
         effects.append("switches gradients or autocast")
-    return Trace(graph, tracer.opaque, tracer.constants, effects, kept, tracer.assumes_tensors)
+    return Trace(graph, tracer.opaque, tracer.constants, effects, kept, tracer.assumes_tensors, frozenset(reads.found))
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
+
+
+_GETTERS = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_leaf")
+_TELLS_NO_VALUES = {getattr(Tensor, name).__get__ for name in _GETTERS} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride,
+    Tensor.requires_grad_,
+}  # fmt: skip
+_SECOND_TELLS_NO_VALUES = (Tensor.to, Tensor.type_as, Tensor.reshape_as, Tensor.view_as, Tensor.expand_as)
+
+
+def values_read(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors whose values a function reads, not only their shape, type or place."""
+    if func in _TELLS_NO_VALUES:
+        return
+    for value in args[:1] if func in _SECOND_TELLS_NO_VALUES else (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the tensors that functions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.update(id(tensor) for tensor in values_read(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _kept(module: nn.Module) -> Iterator[fx.Node]:

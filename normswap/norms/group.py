@@ -1,9 +1,10 @@
 """Group normalization (arXiv 1803.08494): ``nn.GroupNorm``.
 
 The group count. Asked for nothing, it is the divisor of the channels nearest to 32 (the paper's choice; the smaller of
-two equally near) that leaves at least two channels in a group, so that no group is a single channel by default.
-``groups=`` is exact and must divide; ``channels_per_group=`` too. A function of the channels may be given for either.
-"""
+two equally near) that leaves at least two channels in a group, so that no group is a single channel by default. Two
+values normalize to plus and minus one: where the input is known to have one position (``(N, C)``, or behind global
+pooling), a group by default keeps at least 16 channels. ``groups=`` is exact and must divide; ``channels_per_group=``
+too. A function of the channels may be given for either."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from normswap.spec import MAP, Norm
 
 Count = int | Callable[[int], int]
 DEFAULT_GROUPS = 32
+SINGLE_POSITION_CHANNELS = 16
 
 
 @reads(nn.GroupNorm)
@@ -35,6 +37,12 @@ def read(module: nn.GroupNorm) -> Norm:
     )
 
 
+def nearest_count(channels: int, least: int) -> int:
+    """The divisor of ``channels`` nearest to 32 that leaves at least ``least`` channels (or all) in a group."""
+    divisors = [d for d in range(1, channels + 1) if channels % d == 0 and channels // d >= min(least, channels)]
+    return min(divisors, key=lambda d: (abs(d - DEFAULT_GROUPS), d))
+
+
 def group_count(channels: int, groups: Count | None = None, channels_per_group: Count | None = None) -> int:
     """The number of groups for ``channels`` by the rule above.
 
@@ -43,8 +51,7 @@ def group_count(channels: int, groups: Count | None = None, channels_per_group: 
     if groups is not None and channels_per_group is not None:
         raise NormswapError("give groups= or channels_per_group=, not both")
     if groups is None and channels_per_group is None:
-        divisors = [d for d in range(1, channels + 1) if channels % d == 0 and (channels // d >= 2 or channels == 1)]
-        return min(divisors, key=lambda d: (abs(d - DEFAULT_GROUPS), d))
+        return nearest_count(channels, 2)
     name, given = ("groups", groups) if groups is not None else ("channels_per_group", channels_per_group)
     count = given(channels) if callable(given) else given
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:

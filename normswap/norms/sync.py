@@ -30,18 +30,16 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return self._synchronised(input)
 
     def _synchronised(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce
-
-        group = self.process_group or dist.group.WORLD
+        group = self.process_group
         wide = x.double() if x.dtype == torch.float64 else x.float()
         dims = (0, *range(2, x.dim()))
         shape = (1, -1, *[1] * (x.dim() - 2))
         count = torch.tensor([x.numel() // x.shape[1]], dtype=wide.dtype)
-        total = all_reduce(torch.cat([wide.sum(dims), count]), group=group)
+        total = _sum(torch.cat([wide.sum(dims), count]), group)
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = wide - mean.reshape(shape)
-        var = all_reduce(centred.square().sum(dims), group=group) / count
+        var = _sum(centred.square().sum(dims), group) / count
         self._track(mean.detach(), var.detach(), count)
         out = centred * torch.rsqrt(var + self.eps).reshape(shape)
         if self.weight is not None:
@@ -61,6 +59,28 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         unbiased = var * (count / (count - 1).clamp(min=1))
         self.running_var.lerp_(unbiased.to(self.running_var), momentum)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes of a group; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def _sum(tensor: Tensor, group: Any) -> Tensor:
+    total: Tensor = _Sum.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _initialized() -> bool:

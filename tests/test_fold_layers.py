@@ -1,0 +1,358 @@
+"""Layer rules: ``absorb`` against the definition, for every layer, side and setting; what it keeps; when it refuses."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import tests.zoo.schemas  # noqa: F401  before timm
+from normswap.errors import NormswapError
+from normswap.fold import layers
+from normswap.fold.affine import Affine
+from normswap.fold.layers import Layer, absorb, describe
+
+CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+SIZE = {1: (9,), 2: (7, 8), 3: (5, 6, 5)}
+GROUPS = {"dense": (4, 6, 1), "grouped": (4, 6, 2), "depthwise": (4, 4, 4), "multiplier": (4, 12, 4), "one": (1, 3, 1)}
+"""Channels in, channels out, groups."""
+WINDOWS: list[dict[str, Any]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2},
+    {"kernel_size": 2, "stride": 2},
+]
+MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def affine(channels: int, *, shift: bool = True, seed: int = 5) -> Affine:
+    """A scale with negative, positive and one zero channel."""
+    scale = values(channels, seed=seed)
+    if channels > 2:
+        scale[1] = 0
+    return Affine(scale, values(channels, seed=seed + 1) if shift else torch.zeros(channels, dtype=torch.float64))
+
+
+def applied(affine: Affine, x: Tensor, axis: int = 1) -> Tensor:
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return x * affine.scale.reshape(shape) + affine.shift.reshape(shape)
+
+
+def known(module: nn.Module) -> Layer:
+    layer = describe(module)
+    assert isinstance(layer, Layer), layer
+    return layer
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def check_both_sides(module: nn.Module, x: Tensor, axis: int = 1) -> None:
+    """Each side alone, both in either order, and each taken back bit for bit."""
+    module, layer, before = module.double(), known(module), state(module)
+    behind = affine(layer.outputs)
+    front = affine(layer.inputs, shift=layer.shift_reaches_evenly, seed=9)
+    with torch.no_grad():
+        plain, scaled = module(x), module(applied(front, x, axis))
+        wanted = applied(behind, plain, axis), scaled, applied(behind, scaled, axis)
+        for sides in (["output"], ["input"], ["output", "input"], ["input", "output"]):
+            undo = [absorb(module, layer, behind if side == "output" else front, side) for side in sides]  # type: ignore[arg-type]
+            expected = wanted[2] if len(sides) == 2 else wanted[sides == ["input"]]
+            torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+            for restore in reversed(undo):
+                restore()
+            after = state(module)
+            assert after.keys() == before.keys()
+            assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("dims", "chunk"), [(1, 1 << 18), (2, 1 << 18), (3, 1 << 18), (1, 5)])
+def test_convolutions(monkeypatch: pytest.MonkeyPatch, dims: int, groups: str, bias: bool, chunk: int) -> None:
+    monkeypatch.setattr(layers, "_CHUNK", chunk)
+    inputs, outputs, number = GROUPS[groups]
+    x = values(2, inputs, *SIZE[dims])
+    for window, mode in product(WINDOWS, MODES):
+        if mode != "zeros" and "padding" not in window:
+            continue
+        module = CONVS[dims](inputs, outputs, groups=number, bias=bias, padding_mode=mode, **window)
+        check_both_sides(module, x)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("dims", "chunk"), [(1, 1 << 18), (2, 1 << 18), (3, 1 << 18), (1, 5)])
+def test_transposed_convolutions(
+    monkeypatch: pytest.MonkeyPatch, dims: int, groups: str, bias: bool, chunk: int
+) -> None:
+    """pytorch 180995: grouped ones; and in == out, where the two axes of the kernel look alike."""
+    monkeypatch.setattr(layers, "_CHUNK", chunk)
+    inputs, outputs, number = GROUPS[groups]
+    x = values(2, inputs, *SIZE[dims])
+    for window in ({"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}, *WINDOWS):
+        check_both_sides(TRANSPOSED[dims](inputs, outputs, groups=number, bias=bias, **window), x)
+    check_both_sides(TRANSPOSED[dims](4, 4, 3, bias=bias, groups=2), values(2, 4, *SIZE[dims]))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding: str) -> None:
+    for kernel, mode in product((1, 3), MODES):
+        module = nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=mode)
+        check_both_sides(module, values(2, 3, 6, 7))
+        assert known(module).shift_reaches_evenly == (padding == "valid" or kernel == 1 or mode != "zeros")
+
+
+def test_uneven_windows() -> None:
+    check_both_sides(nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(0, 2), dilation=(2, 1)), values(2, 4, 8, 7))
+    check_both_sides(nn.ConvTranspose2d(4, 6, (1, 4), stride=(2, 3), padding=(0, 1), groups=2), values(2, 4, 5, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(bias: bool) -> None:
+    check_both_sides(nn.Linear(5, 3, bias=bias), values(4, 5))
+    check_both_sides(nn.Linear(5, 3, bias=bias), values(2, 6, 5), axis=-1)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv1d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=(0, 1)),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.ConvTranspose2d(4, 4, 3),
+        nn.ConvTranspose1d(4, 4, 1, stride=2),
+        nn.ConvTranspose2d(4, 4, 1, stride=2, output_padding=1),
+    ],
+    ids=repr,
+)
+def test_where_a_shift_does_not_reach_evenly_it_truly_does_not(module: nn.Module) -> None:
+    """What ``describe`` warns of is real: absorbed all the same, the shift gives another function."""
+    module, layer = module.double(), known(module)
+    assert not layer.shift_reaches_evenly
+    x, front = values(2, 4, *SIZE[layer.spatial]), affine(4)
+    with torch.no_grad():
+        wanted = module(applied(front, x))
+        absorb(module, layer, front, "input")
+        assert float((module(x) - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("cls", ["Conv2dSame", "Subclass"])
+def test_a_layer_that_pads_itself_does_not_take_a_shift_on_its_input(cls: str) -> None:
+    from timm.layers import Conv2dSame
+
+    class Subclass(Conv2dSame):
+        pass
+
+    module = {"Conv2dSame": Conv2dSame, "Subclass": Subclass}[cls](3, 4, 3, stride=2).double()
+    assert not known(module).shift_reaches_evenly
+    check_both_sides(module, values(2, 3, 7, 7))
+
+
+def test_layers_that_are_known() -> None:
+    from timm.layers import Linear
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+    class Renamed(nn.Conv3d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels, channels, (1, 3, 3), padding=(0, 1, 1))
+
+    check_both_sides(Renamed(3), values(1, 3, 4, 5, 5))
+    check_both_sides(Linear(3, 4), values(2, 3))
+    check_both_sides(NonDynamicallyQuantizableLinear(3, 4), values(2, 3))
+
+
+def _own_forward() -> nn.Module:
+    class Squared(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) ** 2
+
+    return Squared(3, 3, 1)
+
+
+def _own_conv_forward() -> nn.Module:
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight / weight.std(), bias)
+
+    return Standardized(3, 3, 1)
+
+
+def _own_call() -> nn.Module:
+    class Doubled(nn.Linear):
+        def __call__(self, input: Tensor) -> Tensor:
+            return 2 * super().__call__(input)
+
+    return Doubled(3, 3)
+
+
+def _patched() -> nn.Module:
+    module = nn.Linear(3, 3)
+    module.forward = lambda input: input  # type: ignore[method-assign]
+    return module
+
+
+def _quantization_aware() -> nn.Module:
+    from timm.layers import ScaledStdConv2d
+
+    return ScaledStdConv2d(3, 3, 1)
+
+
+@pytest.mark.parametrize("make", [_own_forward, _own_conv_forward, _own_call, _patched, _quantization_aware])
+def test_layers_with_their_own_way_are_not_described(make: Any) -> None:
+    reason = describe(make())
+    assert isinstance(reason, str)
+    assert "of its own" in reason or "replaced on the instance" in reason
+
+
+def test_other_modules_are_not_described() -> None:
+    assert describe(nn.ReLU()) == "ReLU is not a layer that can absorb an affine"
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_bias_is_made_only_for_a_shift_and_trains_as_the_weight_does(trained: bool) -> None:
+    module = nn.Conv2d(3, 4, 1, bias=False).requires_grad_(trained)
+    absorb(module, known(module), affine(4, shift=False), "output")
+    assert module.bias is None
+    restore = absorb(module, known(module), affine(4), "output")
+    assert isinstance(module.bias, nn.Parameter)
+    assert module.bias.requires_grad == module.weight.requires_grad == trained
+    assert module.bias.dtype == module.weight.dtype
+    restore()
+    assert module.bias is None
+    assert list(module.state_dict()) == ["weight"]
+
+
+def test_parameters_stay_the_same_objects() -> None:
+    module = nn.Conv2d(3, 4, 1)
+    weight, bias = module.weight, module.bias
+    restore = absorb(module, known(module), affine(4), "output")
+    assert module.weight is weight
+    assert module.bias is bias
+    restore()
+    assert module.weight is weight
+    assert module.bias is bias
+
+
+@pytest.mark.parametrize(
+    ("module", "layout"),
+    [
+        (nn.Conv2d(3, 4, 3), torch.channels_last),
+        (nn.ConvTranspose2d(3, 4, 3), torch.channels_last),
+        (nn.Conv3d(3, 4, 3), torch.channels_last_3d),
+    ],
+    ids=["conv", "transposed", "3d"],
+)
+def test_memory_format_is_kept(module: nn.Module, layout: torch.memory_format) -> None:
+    module = module.to(memory_format=layout)
+    for side in ("output", "input"):
+        layer = known(module)
+        absorb(module, layer, affine(layer.outputs if side == "output" else layer.inputs), side)  # type: ignore[arg-type]
+        assert module.weight.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_arithmetic_is_in_float64_and_cast_once(dtype: torch.dtype) -> None:
+    module = nn.Conv1d(4, 6, 3, groups=2).to(dtype)
+    weight, bias = module.weight.detach().double(), module.bias.detach().double()
+    given = affine(6)
+    absorb(module, known(module), given, "output")
+    assert module.weight.dtype == module.bias.dtype == dtype
+    assert torch.equal(module.weight, (weight * given.scale.reshape(-1, 1, 1)).to(dtype))
+    assert torch.equal(module.bias, (bias * given.scale + given.shift).to(dtype))
+
+
+def test_a_bias_of_another_dtype_keeps_it() -> None:
+    module = nn.Linear(3, 4).to(torch.bfloat16)
+    module.bias = nn.Parameter(module.bias.float())
+    absorb(module, known(module), affine(4), "output")
+    assert (module.weight.dtype, module.bias.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("where", ["weight", "bias", "new bias"])
+@pytest.mark.parametrize("chunk", [layers._CHUNK, 3])
+def test_overflow_is_refused_and_nothing_is_changed(monkeypatch: pytest.MonkeyPatch, where: str, chunk: int) -> None:
+    monkeypatch.setattr(layers, "_CHUNK", chunk)
+    module = nn.Conv2d(3, 4, 1, bias=where != "new bias").half()
+    before, had = state(module), module.bias
+    given = affine(4)
+    huge = torch.zeros(4, dtype=torch.float64)
+    huge[3] = 1e6
+    given = Affine(given.scale + huge, given.shift) if where == "weight" else Affine(given.scale, given.shift + huge)
+    with pytest.raises(NormswapError, match="not finite in float16"):
+        absorb(module, known(module), given, "output")
+    assert module.bias is had
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_a_layer_that_was_not_finite_before_is_not_refused() -> None:
+    module = nn.Linear(2, 2)
+    module.weight.data[0, 0] = float("inf")
+    absorb(module, known(module), Affine(torch.ones(2).double() * 2, torch.zeros(2).double()), "output")
+    assert module.weight[0, 0] == float("inf")
+
+
+def test_gradients_are_those_of_the_composition() -> None:
+    module, x, given = nn.Conv2d(3, 4, 3).double(), values(2, 3, 5, 5).requires_grad_(), affine(4)
+    (wanted,) = torch.autograd.grad(applied(given, module(x)).square().sum(), x)
+    absorb(module, known(module), given, "output")
+    (ours,) = torch.autograd.grad(module(x).square().sum(), x)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_buffer_for_a_weight_is_folded_too() -> None:
+    module = nn.Conv2d(3, 4, 1, bias=False).double()
+    weight = module.weight.data
+    del module.weight
+    module.register_buffer("weight", weight)
+    x, given = values(2, 3, 4, 4), affine(4)
+    wanted = applied(given, module(x))
+    absorb(module, known(module), given, "output")
+    torch.testing.assert_close(module(x).detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_parametrized_layers_are_described_but_the_engine_keeps_them_away() -> None:
+    """``absorb`` would write to a tensor that is computed anew; the guard is the engine's, see tests of guards."""
+    module = parametrizations.weight_norm(nn.Linear(3, 3))
+    assert isinstance(describe(module), Layer)
+
+
+# --- the affine itself -----------------------------------------------------------------------------------------------
+
+
+def test_affines_compose_cut_and_repeat() -> None:
+    first, second, x = affine(4), affine(4, seed=20), values(3, 4)
+    torch.testing.assert_close(applied(second.after(first), x), applied(second, applied(first, x)))
+    torch.testing.assert_close(applied(first.slice(1, 2), x[:, 1:3]), applied(first, x)[:, 1:3])
+    wide = applied(first.padded(2, 1), values(3, 7))
+    torch.testing.assert_close(wide[:, 2:6], applied(first, values(3, 7)[:, 2:6]))
+    assert torch.equal(wide[:, :2], values(3, 7)[:, :2])
+    assert torch.equal(wide[:, 6:], values(3, 7)[:, 6:])
+    y = values(3, 4, 5)
+    torch.testing.assert_close(applied(first.repeated(5), y.flatten(1)), applied(first, y).flatten(1))
+
+
+def test_affines_know_what_they_are() -> None:
+    one, zero = torch.ones(2).double(), torch.zeros(2).double()
+    assert Affine(one, zero).no_shift
+    assert not Affine(one, one).no_shift
+    assert Affine(zero, one).non_negative
+    assert not Affine(-one, one).non_negative
+    assert Affine(one, one).scale_only().no_shift
+    assert not Affine(one / zero, one).finite
+    assert Affine(one, zero).same(Affine(one.clone(), zero.clone()))
+    assert not Affine(one, zero).same(Affine(one, one))
