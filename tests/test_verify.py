@@ -247,9 +247,11 @@ class TestCriterion:
             assert found, f"seed {seed}: {found}"
 
     def test_a_floor_that_is_low_by_luck_is_lifted(self) -> None:
-        """The product is exact on the given values alone, and the sine magnifies its error on all others."""
+        """The sum is exact on the given values alone; its error on all others is magnified by the sine."""
         x = torch.tensor([[0.5, 0.25, 0.75, 0.125]])
-        found = eager(Returns(lambda x: (x * 1000).sin()), Returns(lambda x: ((x + 7.9 - 7.9) * 1000).sin()), x)
+        found = eager(
+            Returns(lambda x: ((x + 3.9 - 3.9) * 1000).sin()), Returns(lambda x: ((x + 7.9 - 7.9) * 1000).sin()), x
+        )
         given = found.rows[0]
         assert given.floor is not None
         assert FACTOR * given.floor + ULPS * 2**-23 < given.relative
