@@ -140,7 +140,12 @@ def read(module: nn.Module) -> Norm:
         raise Refusal(f"no reader for {dotted(type(module))}; teach one with @normswap.reads")
     if (reason := overridden(module)) is not None:
         raise Refusal(f"{reason}, so it is not taken for {base.__name__}; teach it with @normswap.reads")
-    return reader(module)
+    try:
+        return reader(module)
+    except (Refusal, NormswapError):
+        raise
+    except Exception as error:  # a class that changed since its reader was written
+        raise Refusal(f"the reader of {base.__name__} failed: {type(error).__name__}: {error}") from error
 
 
 def kinds() -> tuple[str, ...]:

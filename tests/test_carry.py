@@ -52,6 +52,14 @@ def test_statistics_objects_and_momentum(kind: str) -> None:
         assert new.running_mean is norm.running_mean
 
 
+def test_a_norm_that_stopped_tracking_goes_on_so() -> None:
+    norm = batch_norm()
+    norm.track_running_stats = False
+    new = convert(model_of(norm), "sync")
+    new(torch.randn(2, 3, 4, 4))
+    assert torch.equal(new[1].running_mean, norm.running_mean)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [True, False])
 def test_train_and_eval_flags(kind: str, training: bool) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import normswap
 from normswap import Norm, NormswapError, Refusal, builds, convert, plan_convert, read, reads, registry
 from normswap.norms import batch
-from normswap.norms.then import followed_class
 from tests.support import check_copies, distance, only, plan_of, randomise, sample
 
 
@@ -30,7 +29,6 @@ def _registry_as_it_was() -> Iterator[None]:
         table.update(before)  # type: ignore[arg-type]
     registry._lookup.cache_clear()
     registry._load.cache_clear()
-    followed_class.cache_clear()
 
 
 class Own(nn.BatchNorm2d):
@@ -146,6 +144,15 @@ def test_a_strangers_target_in_one_place() -> None:
     assert torch.equal(model[1].weight, torch.full((4,), 5.0))
     with pytest.raises(NormswapError, match="its options: times"):
         convert(model, "scale", groups=2)
+
+
+def test_a_reader_that_fails_is_a_reason() -> None:
+    @reads(Doubled)
+    def old(module: Any) -> Norm:
+        return Norm("batch", module.number_of_features)
+
+    skip = only(plan_of(Doubled(4), "group").skips)
+    assert skip.reason.startswith("the reader of Doubled failed: AttributeError")
 
 
 class ConvBeforeRelu(nn.BatchNorm2d):

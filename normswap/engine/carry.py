@@ -52,9 +52,11 @@ def carry(
 
     ``homes``, modules around it from near to far, lend device and dtype to a replacement of a norm without tensors.
     Returns what hands the hooks over at the swap, which returns what hands them back."""
-    _place(built, norm, homes)
+    _place(built, norm, (source, *homes))
     _flags(built, norm)
     built.training = source.training
+    if norm.has_statistics and vars(built).get("track_running_stats") and hasattr(source, "track_running_stats"):
+        built.track_running_stats = source.track_running_stats
     children = {name: child for name, child in source._modules.items() if child is not None}
     names = {id(child): name for name, child in children.items()}
     followers = {names.get(id(module), f"then_{index}"): module for index, module in enumerate(norm.then)}

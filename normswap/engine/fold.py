@@ -579,8 +579,12 @@ def _left(change: Change, old: nn.Module) -> nn.Module:
     scale, shift = (v.to(device=like.device, dtype=like.dtype) for v in (affine.scale, affine.shift))
     if not bool(scale.isfinite().all() and shift.isfinite().all()):
         raise NormswapError(f"{change.name}: its scale and shift are not finite in {like.dtype}")
-    trained = like.requires_grad
-    module.scale, module.shift = nn.Parameter(scale, requires_grad=trained), nn.Parameter(shift, requires_grad=trained)
+    for name, value in (("scale", scale), ("shift", shift)):
+        delattr(module, name)
+        if isinstance(like, nn.Parameter):
+            module.register_parameter(name, nn.Parameter(value, requires_grad=like.requires_grad))
+        else:  # code that goes through all parameters finds as many as before
+            module.register_buffer(name, value)
     return module
 
 

@@ -45,7 +45,7 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
     ``same``: the replacement computes the same function, so that attributes of the same name mean the same.
     """
     if site.call is not None:
-        return None
+        return _tensor_reads(site)
     for parent in site.parents:
         if isinstance(parent, nn.TransformerEncoderLayer):
             continue  # its fast path is switched off instead, see fast_paths_off
@@ -64,6 +64,17 @@ def child_reads(site: Site, built: nn.Module, same: bool) -> str | None:
                 return (
                     f"{type(parent).__name__}.forward reads its {attribute!r} and may compute with it what the norm did"
                 )
+    return None
+
+
+def _tensor_reads(site: Site) -> str | None:
+    """Why the code around a module needs the tensors that leave it for a norm of their own; or ``None``."""
+    gone = set() if site.call is None else set(site.call.paths.values())
+    for parent in site.parents:
+        keys = {key for key, child in parent._modules.items() if child is site.module}
+        for child, attribute in sorted(reach(parent).child_reads):
+            if child in keys and attribute in gone:
+                return f"{type(parent).__name__}.forward reads the {attribute!r} that its norm uses"
     return None
 
 

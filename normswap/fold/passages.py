@@ -669,9 +669,9 @@ _BACKWARD: dict[Any, Any] = {
     operator.getitem: _piece,
     **dict.fromkeys(_SPLITS, _split),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _sum(1.0)),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), _sum(-1.0)),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _sum(-1.0)),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _product(False)),
-    **dict.fromkeys((operator.truediv, torch.div, "div"), _product(True)),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), _product(True)),
 }
 
 _FORWARD: dict[Any, Any] = {

@@ -9,6 +9,7 @@ subclass of the user's (of ``nn.Module`` where the user's class is itself a norm
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -24,7 +25,7 @@ from normswap import registry
 from normswap.errors import Refusal
 from normswap.graph.functional import arguments, is_norm_function, is_other
 from normswap.graph.trace import brief, trace
-from normswap.spec import BATCH, MAP, POSITION, SPACE, Norm
+from normswap.spec import BATCH, MAP, POSITION, SPACE, Norm, exactness
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -61,6 +62,8 @@ def functional_norms(module: nn.Module) -> Forward:
 
     Raises :class:`Refusal` when it cannot be traced, or does what a forward generated from the trace would not do.
     """
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise Refusal("its forward calls a norm function, and a new module would join the ones it is a container of")
     graphs: dict[bool, fx.Graph] = {}
     constants: dict[bool, dict[str, Tensor]] = {}
     was_training = module.training
@@ -77,6 +80,8 @@ def functional_norms(module: nn.Module) -> Forward:
                 raise Refusal(
                     f"its forward calls a norm function and cannot be traced in {mode} mode ({brief(error)})"
                 ) from error
+            if any(node.op == "get_attr" and _written(node, traced.constants) for node in traced.graph.nodes):
+                traced.effects.append("writes into a tensor that it makes itself")
             if traced.effects:
                 raise Refusal(
                     f"its forward calls a norm function, and a generated one would not do what it does besides: it "
@@ -96,6 +101,14 @@ def functional_norms(module: nn.Module) -> Forward:
     return forward
 
 
+def _written(node: fx.Node, constants: dict[str, Tensor]) -> bool:
+    """Whether a tensor made in Python is changed in place, which would last from one call to the next."""
+    return node.target in constants and any(
+        user.args[:1] == (node,) and (user.target is operator.setitem or str(user.target).endswith("_"))
+        for user in node.users
+    )
+
+
 def _is_norm(node: fx.Node) -> bool:
     return node.op == "call_function" and is_norm_function(node.target)
 
@@ -107,19 +120,27 @@ def _call(module: nn.Module, nodes: dict[bool, fx.Node], taken: set[str]) -> Cal
         norm = _read(module, nodes, paths)
     except Refusal as refusal:
         reason = refusal.reason
-    holder = _holder(module, paths, taken)
+    holder = _holder(module, norm, nodes, paths, taken)
     name = _name(module, nodes[False], taken) if holder is None else holder
     taken.add(name)
     return Call(name, norm, reason, paths, nodes, None if holder is None else module.get_submodule(holder))
 
 
-def _holder(module: nn.Module, paths: dict[str, str], taken: set[str]) -> str | None:
-    """The submodule that only holds a norm's tensors, as an exported program has it."""
+def _holder(
+    module: nn.Module, norm: Norm | None, nodes: dict[bool, fx.Node], paths: dict[str, str], taken: set[str]
+) -> str | None:
+    """The submodule that only holds a norm's tensors, as an exported program has it; called, it is the same norm."""
     parents = {path.rpartition(".")[0] for path in paths.values()}
-    if len(parents) != 1:
+    parent = next(iter(parents), "")
+    if len(parents) != 1 or not parent or parent in taken or not _only_holds(module, parent, paths):
         return None
-    parent = next(iter(parents))
-    return parent if parent and parent not in taken and _only_holds(module, parent, paths) else None
+    if any(n.op == "call_module" and n.target == parent for node in nodes.values() for n in node.graph.nodes):
+        try:
+            same = norm is not None and exactness(registry.read(module.get_submodule(parent)), norm) == "exact"
+        except Refusal:
+            same = False
+        return parent if same else None
+    return parent
 
 
 def _name(module: nn.Module, node: fx.Node, taken: set[str]) -> str:
@@ -155,7 +176,8 @@ def _read(module: nn.Module, nodes: dict[bool, fx.Node], paths: dict[str, str]) 
         if name in ("weight", "bias") and str(in_train) != str(value):
             raise Refusal(f"its {name} differs between train and eval mode")
     for name in ("eps", "momentum", "shape", "groups", "training"):
-        if isinstance(given.get(name), fx.Node):
+        value = given.get(name)
+        if any(isinstance(part, fx.Node) for part in (value if isinstance(value, (tuple, list)) else (value,))):
             raise Refusal(f"its {name} is computed in the forward")
     if isinstance(train.get("momentum"), fx.Node):
         raise Refusal("its momentum is computed in the forward")
@@ -196,7 +218,9 @@ def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> 
         raise Refusal(f"its {name} is computed in the forward, not a parameter or buffer")
     holder, _, attribute = value.target.rpartition(".")
     owner = module.get_submodule(holder)
-    tensor = getattr(owner, attribute)
+    tensor = getattr(owner, attribute, None)
+    if tensor is None:
+        raise Refusal(f"its {name} is made in the forward")
     if not isinstance(tensor, Tensor):
         raise Refusal(f"its {name} is not a tensor of the module")
     if parametrize.is_parametrized(owner, attribute):
@@ -258,7 +282,7 @@ def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
     used = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
-    for path in {path for call in calls for path in call.paths.values()} - used:
+    for path in {path for call in calls for path in call.paths.values() if call.holder or "." not in path} - used:
         _forget(module, path)
     for call in calls:
         parent, _, attribute = call.name.rpartition(".")

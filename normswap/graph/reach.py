@@ -22,7 +22,7 @@ from torch import fx, nn
 from normswap.graph.functional import NAMES, is_norm_function
 
 _LOOKS_AT = frozenset({"hasattr", "getattr", "type", "__class__", "__name__"})
-_BY_NAME = frozenset({"getattr", "vars", "attrgetter", "eval", "exec"})
+_BY_NAME = frozenset({"vars", "attrgetter", "eval", "exec"})
 _ALL_MODULES = frozenset(
     {
         "children",
@@ -198,6 +198,7 @@ def _of_code(
             if current is getattr and this is not None:  # a method may be chosen by name
                 for method in _all_methods(cls):
                     found.update(_of_value(method, cls, seen, depth - 1))
+                _note_getattr(found, instructions[index + 1 : index + 4], this)
             found.update(_of_value(current, cls, seen, depth - 1))
             found.classes.update(_module_classes(current))
         elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
@@ -241,6 +242,21 @@ def _of_code(
             current, child = None, None
         read = None
     return found
+
+
+def _note_getattr(found: Reach, behind: list[dis.Instruction], this: str | None) -> None:
+    """``getattr(self, ...)`` and ``getattr(self.child, ...)``: as the attribute, where its name is written out."""
+    if not behind or not behind[0].opname.startswith("LOAD_FAST") or behind[0].argval != this:
+        return
+    child = behind[1].argval if behind[1].opname == "LOAD_ATTR" else None
+    name = behind[1] if child is None else behind[2]
+    if name.opname != "LOAD_CONST" or not isinstance(name.argval, str):
+        found.tricks.add("getattr")
+    elif child is None:
+        found.loaded.add(name.argval)
+        found.handled.add(name.argval)
+    else:
+        found.child_reads.add((child, name.argval))
 
 
 def _texts(constant: Any) -> Iterator[str]:

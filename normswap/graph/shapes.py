@@ -453,15 +453,17 @@ ELEMENTWISE: tuple[Any, ...] = (
     F.sigmoid, F.tanh, F.softmax, F.log_softmax, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.softmax,
     torch.clamp, torch.neg, torch.exp, torch.abs, torch.sqrt, torch.rsqrt, torch.clone,
     "relu", "relu_", "sigmoid", "tanh", "softmax", "clamp", "clamp_", "contiguous", "clone", "detach", "neg", "exp",
-    "abs", "sqrt", "rsqrt", "float", "double", "half", "to", "type_as", "mul_", "add_", "roll", torch.roll,
+    "abs", "sqrt", "rsqrt", "float", "double", "half", "to", "type_as", "mul_", "add_", "sub_", "div_", "roll",
+    torch.roll,
 )  # fmt: skip
 
 
 _RULES: dict[Any, Rule] = dict.fromkeys(ELEMENTWISE, _same)
 _RULES |= dict.fromkeys((operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv), _arithmetic)
 _RULES |= dict.fromkeys(
-    (operator.iadd, operator.imul, torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div"), _binary
+    (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv), _arithmetic
 )
+_RULES |= dict.fromkeys((torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div"), _binary)
 _RULES |= dict.fromkeys(
     ("permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes, "movedim", torch.movedim, "t"),
     _permute,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import operator
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -99,6 +100,21 @@ class Trace:
         return f"its forward {told[0]}, on which its path may depend" if told else None
 
 
+class Value(fx.Proxy):
+    """A proxy whose ``x += y`` is a node that writes to ``x``; in ``fx.Proxy`` it looks like ``x + y``."""
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[[Value, Any], Any]:
+    def method(self: Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    setattr(Value, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
 class RegionTracer(fx.Tracer):
     """Traces into everything but leaves; a child that fails is rolled back and becomes a leaf, as is one with hooks.
 
@@ -120,6 +136,9 @@ class RegionTracer(fx.Tracer):
         self.constants: dict[str, Tensor] = {}
         self.modes = _modes()
         self.switches_modes = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.leaf(m)

@@ -38,6 +38,7 @@ class InstanceNorm(_InstanceNorm):
 @reads(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, InstanceNorm)
 def read(module: _InstanceNorm) -> Norm:
     refuse_lazy(module)
+    tracked = module.track_running_stats  # without it the input's moments are used in eval mode too
     return Norm(
         kind="instance",
         channels=module.num_features,
@@ -47,9 +48,9 @@ def read(module: _InstanceNorm) -> Norm:
         momentum=module.momentum,
         weight=module.weight,
         bias=module.bias,
-        running_mean=module.running_mean,
-        running_var=module.running_var,
-        num_batches_tracked=module.num_batches_tracked,
+        running_mean=module.running_mean if tracked else None,
+        running_var=module.running_var if tracked else None,
+        num_batches_tracked=module.num_batches_tracked if tracked else None,
     )
 
 

@@ -32,6 +32,10 @@ class Followed:
         return _empty, (self.followed_base,), self.__getstate__()
 
 
+class FollowedNorm(Followed):
+    """The mix-in where the base class is a norm that has a reader."""
+
+
 def _empty(base: Any) -> Any:
     cls = followed_class(base)
     return cls.__new__(cls)
@@ -39,14 +43,14 @@ def _empty(base: Any) -> Any:
 
 @cache
 def followed_class(base: Any) -> Any:
+    mixin = Followed if reader_of(base) is None else FollowedNorm
     members = {"__module__": __name__, "__doc__": base.__doc__, "followed_base": base}
-    cls: Any = type(f"{base.__name__}Act", (Followed, base), members)
-    if reader_of(base) is not None:
-        reads(cls)(_read)
-    return cls
+    return type(f"{base.__name__}Act", (mixin, base), members)
 
 
-def _read(module: Any) -> Norm:
+@reads(FollowedNorm)
+def read(module: Any) -> Norm:
+    """The base class's norm, followed by what follows it."""
     read = reader_of(module.followed_base)
     assert read is not None
     return replace(read(module), then=tuple(module._modules[name] for name in module.followers))
