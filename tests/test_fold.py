@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,8 +119,8 @@ def test_overflow_while_applying_puts_everything_back() -> None:
     model = pair()
     plan = normswap.plan_fold(model)
     steps = plan.changes[1].fold.steps
-    name, side, layer, affine = steps[0]
-    steps[0] = (name, side, layer, Affine(affine.scale * float("inf"), affine.shift))
+    affine = steps[0].affine
+    steps[0] = replace(steps[0], affine=Affine(affine.scale * float("inf"), affine.shift))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(NormswapError, match=r"4 into 3: the folded values are not finite in float64"):
         plan.apply(inplace=True)

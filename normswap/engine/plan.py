@@ -40,12 +40,23 @@ class Skip:
         return {"name": self.name, "aliases": list(self.aliases), "was": self.was, "reason": self.reason}
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one layer absorbs of a norm."""
+
+    name: str
+    """The layer's name."""
+    side: Side
+    layer: Layer | None
+    """``None`` for a norm in front that takes the affine into its own."""
+    affine: Affine
+
+
 @dataclass
 class Fold:
     """How a norm vanishes: what its layers absorb, or the affine that is left of it."""
 
-    steps: list[tuple[str, Side, Layer | None, Affine]] = field(default_factory=list)
-    """Name of a layer, its side, the layer (``None`` for a norm that composes) and the affine, in order."""
+    steps: list[Step] = field(default_factory=list)
     left: Affine | None = None
     biased: dict[str, bool] = field(default_factory=dict)
     """Layers by name, and whether each has a bias afterwards."""

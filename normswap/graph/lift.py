@@ -8,8 +8,6 @@ subclass of the user's (of ``nn.Module`` where the user's class is itself a norm
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.graph_module import _format_import_block, _forward_from_src
 from torch.nn.utils import parametrize
-from torch.package.importer import sys_importer
 
 from normswap import registry
 from normswap.errors import Refusal
 from normswap.graph.functional import arguments, is_norm_function, is_other
-from normswap.graph.trace import brief, trace
+from normswap.graph.rewrite import Before, TracedForward, copied_graphs, install, traced_forward
 from normswap.spec import BATCH, MAP, POSITION, SPACE, Norm, exactness
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -48,12 +44,9 @@ class Call:
 
 
 @dataclass
-class Forward:
+class Forward(TracedForward):
     """A module's own ``forward``, traced, with the functional norms in it."""
 
-    module: nn.Module
-    graphs: dict[bool, fx.Graph]
-    constants: dict[bool, dict[str, Tensor]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
 
@@ -64,49 +57,15 @@ def functional_norms(module: nn.Module) -> Forward:
     """
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise Refusal("its forward calls a norm function, and a new module would join the ones it is a container of")
-    graphs: dict[bool, fx.Graph] = {}
-    constants: dict[bool, dict[str, Tensor]] = {}
-    was_training = module.training
-    try:
-        for training in (True, False):
-            if isinstance(module, fx.GraphModule):
-                graphs[training] = module.graph
-                continue
-            module.training = training
-            try:
-                traced = trace(module, leaf=lambda _child: True)
-            except Exception as error:
-                mode = "train" if training else "eval"
-                raise Refusal(
-                    f"its forward calls a norm function and cannot be traced in {mode} mode ({brief(error)})"
-                ) from error
-            if any(node.op == "get_attr" and _written(node, traced.constants) for node in traced.graph.nodes):
-                traced.effects.append("writes into a tensor that it makes itself")
-            if traced.effects:
-                raise Refusal(
-                    f"its forward calls a norm function, and a generated one would not do what it does besides: it "
-                    f"{', '.join(traced.effects)}"
-                )
-            graphs[training], constants[training] = traced.graph, traced.constants
-    finally:
-        if module.training != was_training:
-            module.training = was_training
-    nodes = {mode: [n for n in graph.nodes if _is_norm(n)] for mode, graph in graphs.items()}
+    traced = traced_forward(module, "its forward calls a norm function")
+    nodes = {mode: [n for n in graph.nodes if _is_norm(n)] for mode, graph in traced.graphs.items()}
     if [n.target for n in nodes[True]] != [n.target for n in nodes[False]]:
         raise Refusal("its forward runs other norms in train mode than in eval mode")
-    forward = Forward(module, graphs, constants)
+    forward = Forward(module, traced.graphs, traced.constants)
     taken: set[str] = set()
     for train, evaluation in zip(nodes[True], nodes[False], strict=True):
         forward.calls.append(_call(module, {True: train, False: evaluation}, taken))
     return forward
-
-
-def _written(node: fx.Node, constants: dict[str, Tensor]) -> bool:
-    """Whether a tensor made in Python is changed in place, which would last from one call to the next."""
-    return node.target in constants and any(
-        user.args[:1] == (node,) and (user.target is operator.setitem or str(user.target).endswith("_"))
-        for user in node.users
-    )
 
 
 def _is_norm(node: fx.Node) -> bool:
@@ -232,7 +191,7 @@ def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> 
 def lift(forward: Forward, replacements: dict[str, nn.Module]) -> Callable[[], None]:
     """Put modules where functional norms were, by the calls' names. Changes the module; returns what undoes it."""
     module = forward.module
-    before = _Before(module)
+    before = Before(module)
     try:
         _lift(forward, replacements)
     except BaseException:
@@ -241,38 +200,10 @@ def lift(forward: Forward, replacements: dict[str, nn.Module]) -> Callable[[], N
     return before.restore
 
 
-class _Before:
-    """A module's class, tables and graph, and those of its submodules that hold a norm's tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.graph = module.graph if isinstance(module, fx.GraphModule) else None
-        tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        self.saved = [
-            (m, m.__class__, dict(vars(m)), {t: copy.copy(vars(m)[t]) for t in tables}) for m in module.modules()
-        ]
-
-    def restore(self) -> None:
-        for module, cls, attributes, tables in self.saved:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, table in tables.items():
-                current = vars(module)[name]
-                current.clear()
-                current.update(table)
-        if self.graph is not None:
-            root: Any = self.saved[0][0]
-            root.graph = self.graph
-
-
 def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
     module = forward.module
     calls = [call for call in forward.calls if call.name in replacements]
-    if isinstance(module, fx.GraphModule):
-        graphs = {False: copy.deepcopy(module.graph)}
-    else:
-        graphs = {mode: copy.deepcopy(graph) for mode, graph in forward.graphs.items()}
-        _keep_constants(module, graphs, forward.constants)
+    graphs = copied_graphs(forward)
     for mode, graph in graphs.items():
         nodes = {node.name: node for node in graph.nodes}
         for call in calls:
@@ -287,27 +218,12 @@ def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
     for call in calls:
         parent, _, attribute = call.name.rpartition(".")
         module.get_submodule(parent).add_module(attribute, replacements[call.name])
-    if isinstance(module, fx.GraphModule):
-        module.graph = graphs[False]
-        return
-    if not any("num_batches_tracked" in path for path in used):
+    if not isinstance(module, fx.GraphModule) and not any("num_batches_tracked" in path for path in used):
         _forget(module, "num_batches_tracked")
-    base = nn.Module if registry.registered(module) else type(module)
-    sources = tuple(_source(graphs[mode]) for mode in (True, False))
-    module.__class__ = _lifted_class(base, sources)
+    install(module, graphs, nn.Module if registry.registered(module) else type(module))
+    if isinstance(module, fx.GraphModule):
+        return
     module.lifted_norms = tuple(call.name for call in calls)  # type: ignore[assignment]
-
-
-def _keep_constants(module: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[bool, dict[str, Tensor]]) -> None:
-    """Give the module the tensors that its ``forward`` made in Python, as plain attributes."""
-    for mode, graph in graphs.items():
-        names: dict[Any, str] = {}
-        for old, tensor in constants[mode].items():
-            names[old] = next(name for i in count() if not hasattr(module, name := f"_tensor_constant{i}"))
-            setattr(module, names[old], tensor)
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                node.target = names.get(node.target, node.target)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
@@ -341,59 +257,6 @@ def _forget(module: nn.Module, path: str) -> None:
     elif attribute in owner._buffers:
         del owner._buffers[attribute]
         owner._non_persistent_buffers_set.discard(attribute)
-
-
-Source = tuple[str, str]
-"""Generated code of a forward, and the imports that it needs."""
-
-
-def _source(graph: fx.Graph) -> Source:
-    code = graph.python_code("self")
-    return code.src, _format_import_block(code.globals, sys_importer)
-
-
-def _function(source: Source) -> Callable[..., Any]:
-    code, imports = source
-    names: dict[str, Any] = {}
-    exec(imports, names)
-    return _forward_from_src(code, names)
-
-
-class Lifted:
-    """Mix-in of a class whose functional norms were lifted into submodules; copied and pickled by its base and code."""
-
-    lifted_base: type[nn.Module]
-    lifted_sources: tuple[Source, ...]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.lifted_base, self.lifted_sources), self.__getstate__()
-
-
-def _lifted_class(base: type[nn.Module], sources: tuple[Source, ...]) -> type[nn.Module]:
-    if issubclass(base, Lifted):
-        base = base.lifted_base
-    train, evaluation = (_function(source) for source in sources)
-    members: dict[str, Any] = {
-        "lifted_base": base,
-        "lifted_sources": sources,
-        "__module__": __name__,
-        "__doc__": base.__doc__,
-    }
-    if sources[0] == sources[1]:
-        members["forward"] = evaluation
-    else:
-
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (train if self.training else evaluation)(self, *args, **kwargs)
-
-        members["forward"] = forward
-    name = "Lifted" if base is nn.Module else base.__name__
-    return type(name, (Lifted, base), members)
-
-
-def _empty(base: type[nn.Module], sources: tuple[Source, ...]) -> nn.Module:
-    cls = _lifted_class(base, sources)
-    return cls.__new__(cls)
 
 
 def names(calls: Iterable[Call], prefix: str) -> list[str]:

@@ -1,0 +1,97 @@
+"""Making the folds of a plan in a model, and undoing them bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from normswap import registry
+from normswap.engine.carry import carry
+from normswap.engine.plan import Change
+from normswap.errors import NormswapError
+from normswap.fold import layers
+from normswap.graph.references import Reference, references
+from normswap.norms.affine import ChannelAffine
+
+
+def apply_fold(
+    model: nn.Module, changes: Sequence[Change], undoable: bool = True
+) -> tuple[nn.Module, Callable[[], None]]:
+    """Make the folds in place; returns the model and what undoes them, bit for bit.
+
+    An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand.
+    Either way the model computes what it did."""
+    found = references(model)
+    by_name = {name: reference for reference in found.values() for name in reference.names}
+    undo: list[Callable[[], None]] = []
+
+    def back() -> None:
+        while undo:
+            undo.pop()()
+
+    root = model
+    try:
+        awaited: set[str] = set()  # norms that must change too before the model computes what it did
+        for change in sorted(changes, key=lambda change: 0 if change.fold is None else change.fold.order):
+            if not undoable and not awaited:
+                undo.clear()
+            built = _apply_one(change, by_name, undo)
+            steps = [] if change.fold is None else change.fold.steps
+            awaited = (awaited | {step.name for step in steps if step.layer is None}) - {change.name}
+            if by_name[change.name].module is model:
+                root = built
+    except BaseException:
+        back()
+        raise
+    return root, back
+
+
+def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callable[[], None]]) -> nn.Module:
+    reference = by_name.get(change.name)
+    if reference is None or change.fold is None:
+        raise NormswapError(f"the model has no module {change.name!r}, which the plan folds")
+    for step in change.fold.steps:
+        if step.layer is None:
+            continue
+        try:
+            undo.append(layers.absorb(by_name[step.name].module, step.layer, step.affine, step.side))
+        except NormswapError as error:
+            raise NormswapError(
+                f"{change.name} into {step.name}: {error}; leave it out with skip={change.name!r}"
+            ) from error
+    old = reference.module
+    built = _left(change, old)
+    hand_over = carry(old, built, registry.read(old))
+    for slot in reference.slots:
+        slot.put(built)
+        undo.append(partial(slot.put, old))
+    undo.append(hand_over())
+    return built
+
+
+def _left(change: Change, old: nn.Module) -> nn.Module:
+    """What stands where the norm stood: nothing, or a multiply-add."""
+    assert change.fold is not None
+    affine = change.fold.left
+    if affine is None:
+        identity: Any = nn.Identity()
+        identity.num_features = change.source.channels  # which the code around it may read
+        return identity  # type: ignore[no-any-return]
+    tensor = change.source.running_var
+    assert tensor is not None
+    module = ChannelAffine(0)
+    module.num_features = affine.channels
+    like = change.source.weight if change.source.weight is not None else tensor
+    scale, shift = (v.to(device=like.device, dtype=like.dtype) for v in (affine.scale, affine.shift))
+    if not bool(scale.isfinite().all() and shift.isfinite().all()):
+        raise NormswapError(f"{change.name}: its scale and shift are not finite in {like.dtype}")
+    for name, value in (("scale", scale), ("shift", shift)):
+        delattr(module, name)
+        if isinstance(like, nn.Parameter):
+            module.register_parameter(name, nn.Parameter(value, requires_grad=like.requires_grad))
+        else:  # code that goes through all parameters finds as many as before
+            module.register_buffer(name, value)
+    return module
