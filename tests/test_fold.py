@@ -561,3 +561,13 @@ def test_real_models_of_timm_fold_fully(name: str) -> None:
     assert batch_norms(folded) == 0
     assert not any(isinstance(m, ChannelAffine) for m in folded.modules())
     same(model, folded, image(1, 3, size, size))
+
+
+def test_the_copy_shares_no_memory_with_the_model() -> None:
+    model = pair()
+    before = copy.deepcopy(model.state_dict())
+    folded = normswap.fold(model)
+    ours = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in folded.state_dict().values()}
+    assert not ours & theirs
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

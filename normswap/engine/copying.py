@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,10 +19,16 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 _CUSTOM = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__", "__slots__")
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy; :class:`NormswapError` with advice where the model cannot be copied."""
+def copy_model(model: nn.Module, replaced: Iterable[nn.Parameter] = ()) -> nn.Module:
+    """A deep copy; :class:`NormswapError` with advice where the model cannot be copied.
+
+    ``replaced``: parameters whose values the caller replaces in the copy by others right away, never in place. They
+    are not copied: until then the copy's share their memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in replaced if type(p) is nn.Parameter
+    }
     try:
-        copied = _copy(model, {})
+        copied = _copy(model, memo)
     except Exception as error:
         raise NormswapError(
             f"the model cannot be copied ({type(error).__name__}: {error}); use inplace=True to change the model itself"

@@ -36,6 +36,8 @@ class Dataflow:
         self.references = found
         self.by_name = {name: reference for reference in found.values() for name in reference.names}
         traced, self.failed = regions(model)
+        self.opaque = [reference for reference in found.values() if reference.name in self.failed]
+        """The modules that could not be traced."""
         self.observation: Observation | None = None
         self.notes: list[str] = []
         """What the answers assume."""
@@ -135,9 +137,9 @@ class Dataflow:
 
     def read_in_doubt(self, module: nn.Module) -> str | None:
         """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument."""
-        for reference in self.references.values():
+        for reference in self.opaque:
             above = reference.name
-            if above not in self.failed or not any(_below(name, above) for name in self.references[id(module)].names):
+            if not any(_below(name, above) for name in self.references[id(module)].names):
                 continue
             found = reach(reference.module)
             holder = above or "the model"
@@ -210,9 +212,9 @@ class Dataflow:
         """Whether code above a region that cannot be traced may call or read what is inside it."""
         name = flow.region.name
         first = target.partition(".")[0]
-        for reference in self.references.values():
+        for reference in self.opaque:
             above = reference.name
-            if above not in self.failed or not _below(name, above):
+            if not _below(name, above):
                 continue
             path = name[len(above) + 1 if above else 0 :].split(".")
             if _touches(reach(reference.module), reference.module, path, first):

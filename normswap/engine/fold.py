@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from normswap.engine.copying import copy_model
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.folding import apply_fold
 from normswap.engine.plan import Change, Plan, Skip
@@ -84,11 +83,9 @@ def fold(
 
     The function in eval mode stays the same up to rounding. Without ``inplace`` the input is not touched.
     """
-    check_model(model)
-    target = model if inplace else copy_model(model)
-    plan = plan_fold(target, where=where, skip=skip, example_inputs=example_inputs, keep_batchnorm=keep_batchnorm)
+    plan = plan_fold(model, where=where, skip=skip, example_inputs=example_inputs, keep_batchnorm=keep_batchnorm)
     report(plan)
-    return plan.apply(inplace=True, undoable=False)
+    return plan.apply(inplace=inplace, undoable=False)
 
 
 def replay(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:

@@ -167,11 +167,23 @@ class Plan:
             raise NormswapError("this plan was read from JSON and has no model: use apply_recipe(model, recipe)")
         if self.applied is not None and self.applied.model is self.model:
             raise NormswapError("this plan was already applied in place")
-        target = self.model if inplace else copy_model(self.model)
+        rescaled = [] if inplace or undoable else self._rescaled()
+        target = self.model if inplace else copy_model(self.model, rescaled)
         twins = _twins(self.model, target)
         model, undo = self.apply_changes(target, self.changes, undoable)
+        for weight in rescaled:
+            if twins[id(weight)].data_ptr() == weight.data_ptr():
+                twins[id(weight)].data = weight.detach().clone()
         self.applied = Applied(model, target, undo if undoable else None, twins)
         return model
+
+    def _rescaled(self) -> list[nn.Parameter]:
+        """The weights that a fold gives new values."""
+        steps = [step for change in self.changes if change.fold is not None for step in change.fold.steps]
+        modules = dict(self.model.named_modules())
+        layers = [modules[name] for name in {step.name for step in steps if step.layer is not None} if name in modules]
+        weights = [layer._parameters.get("weight") for layer in layers]
+        return [weight for weight in weights if weight is not None]
 
     def undo(self) -> nn.Module:
         """Put back all that :meth:`apply` changed, bit for bit, and return the model it was applied to.

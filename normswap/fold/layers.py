@@ -113,13 +113,14 @@ def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[]
         if side == "output":
             new_bias = new_bias * scale + shift
         rows = weight.shape[0]
-        step = max(1, _CHUNK * rows // max(1, weight.numel()))
+        step = min(rows, max(1, _CHUNK * rows // max(1, weight.numel())))
+        double = torch.empty(step, *weight.shape[1:], dtype=torch.float64, device=weight.device)
         for start in range(0, rows, step):
-            part = weight[start : start + step].double()
+            part = double[: min(step, rows - start)].copy_(weight[start : start + step])
             group = torch.arange(start, start + part.shape[0], device=weight.device) // (rows // layer.groups)
             if side == "input":
                 new_bias = new_bias + _reached(part, group, layer, shift, start)
-            new_weight[start : start + step] = part * _factor(part, group, layer, scale, side, start)
+            new_weight[start : start + step].copy_(part.mul_(_factor(part, group, layer, scale, side, start)))
         cast_bias = new_bias.to(weight.dtype if bias is None else bias.dtype)
         if not (_finite(new_weight) and _finite(cast_bias)) and _finite(weight):
             raise NormswapError(f"the folded values are not finite in {str(weight.dtype).removeprefix('torch.')}")
