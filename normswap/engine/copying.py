@@ -16,6 +16,7 @@ from torch import nn
 from normswap.errors import NormswapError
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type})
+_TABLES = (OrderedDict, dict, set, list)
 _CUSTOM = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__", "__slots__")
 
 
@@ -40,9 +41,14 @@ def copy_model(model: nn.Module, replaced: Iterable[nn.Parameter] = ()) -> nn.Mo
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in _PLAIN:
         return value
+    if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+        return value
     known = memo.get(id(value))
     if known is not None:
         return known
+    if type(value) in _TABLES and not value:
+        empty = memo[id(value)] = type(value)()
+        return empty
     if isinstance(value, nn.Module) and not _own_way(type(value)):
         return _copy_module(value, memo)
     if type(value) in (dict, OrderedDict):
@@ -68,9 +74,12 @@ _ways: dict[type, bool] = {}
 
 
 def _own_way(cls: type) -> bool:
-    """Whether a class, other than by ``nn.Module``'s own methods, says how it is copied."""
+    """Whether a class, other than by torch's own methods, which only mend old pickles, says how it is copied."""
     if cls not in _ways:
         _ways[cls] = any(
-            name in vars(base) for base in cls.__mro__ if base not in (nn.Module, object) for name in _CUSTOM
+            name in vars(base) and not (name == "__setstate__" and base.__module__.startswith("torch.nn.modules."))
+            for base in cls.__mro__
+            if base not in (nn.Module, object)
+            for name in _CUSTOM
         )
     return _ways[cls]

@@ -35,7 +35,7 @@ class Dataflow:
     ) -> None:
         self.references = found
         self.by_name = {name: reference for reference in found.values() for name in reference.names}
-        traced, self.failed = regions(model)
+        traced, self.failed = regions(model, bare=False)
         self.opaque = [reference for reference in found.values() if reference.name in self.failed]
         """The modules that could not be traced."""
         self.observation: Observation | None = None
@@ -49,6 +49,7 @@ class Dataflow:
         else:
             self.flows = [Flow(region, inferred(region)) for region in traced]
             self.flows += [Flow(region, inferred(region)) for each in traced for region in self._otherwise(each)]
+        self._reached: dict[str, Reach] = {}
         self.calls: dict[int, list[Place]] = {}
         self.tensor_reads: dict[int, list[Place]] = {}
         for flow in self.flows:
@@ -174,7 +175,9 @@ class Dataflow:
             for above in _prefixes(name):
                 if above not in seen and above in self.by_name:
                     seen.add(above)
-                    yield above or "the model", reach(self.by_name[above].module)
+                    if above not in self._reached:
+                        self._reached[above] = reach(self.by_name[above].module)
+                    yield above or "the model", self._reached[above]
 
     def _aliases(self, module: nn.Module) -> Iterator[str]:
         """Other names of a module, and those it has by other names of the modules above it."""

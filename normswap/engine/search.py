@@ -98,17 +98,14 @@ class Search:
                 return f"the code around it also reads its {field_name} directly"
         if (reason := self.flow.read_in_doubt(site.module) or self.flow.asked_for(site.module)) is not None:
             return reason
-        if not Affine(*affine).finite:
+        own = Affine(*affine)
+        if not own.finite:
             return "its statistics are not finite, or a variance is negative"
+        self.affines[self.key(site)] = own
         return None
 
     def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
         ordered = self._in_order(chosen)
-        for site in ordered:
-            assert site.norm is not None
-            pair = scale_shift(site.norm)
-            assert pair is not None
-            self.affines[self.key(site)] = Affine(*pair)
         free = [site for site in ordered if site.name not in left]
         self.reasons.update({self.key(site): "the recipe leaves it" for site in ordered if site.name in left})
         for site in free:

@@ -5,7 +5,9 @@ Affines compose: :math:`(s_2, t_2) \circ (s_1, t_1) = (s_2 s_1,\; s_2 t_1 + t_2)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,17 +24,17 @@ class Affine:
     def channels(self) -> int:
         return self.scale.shape[0]
 
-    @property
+    @cached_property
     def no_shift(self) -> bool:
         return not bool(self.shift.any())
 
-    @property
+    @cached_property
     def non_negative(self) -> bool:
         return bool((self.scale >= 0).all())
 
-    @property
+    @cached_property
     def finite(self) -> bool:
-        return bool(self.scale.isfinite().all() and self.shift.isfinite().all())
+        return math.isfinite(float(self.scale.sum())) and math.isfinite(float(self.shift.sum()))
 
     def after(self, first: Affine) -> Affine:
         """This affine applied to the result of ``first``."""

@@ -13,6 +13,7 @@ convolution spreads t unevenly over its output unless its kernel has one element
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -147,7 +148,7 @@ def _finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     low, high = tensor.aminmax()  # NaN propagates
-    return bool(low.isfinite() & high.isfinite())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def may_overflow(module: Any, affine: Affine) -> bool:

@@ -79,13 +79,18 @@ def reach(module: nn.Module) -> Reach:
     if is_compiled_wrapper(module):
         return found
     cls: Any = type(module)
+    values = [value for value in vars(module).values() if isinstance(value, _CODE)]
+    if not values:
+        return _of_class(cls)
     found.update(_of_class(cls))
-    for value in vars(module).values():
+    for value in values:
         if isinstance(value, types.MethodType) and value.__self__ is not module:
             continue  # the code of another object
-        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)):
-            found.update(_of_value(value, cls, set(), 4))
+        found.update(_of_value(value, cls, set(), 4))
     return found
+
+
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, partial)
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:

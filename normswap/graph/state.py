@@ -34,7 +34,9 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
     saved = []
     for module in model.modules():
         own: dict[str, Any] = dict(vars(module))
-        containers = (value for value in own.values() if isinstance(value, (dict, list, set, deque)))
+        containers = (
+            value for value in own.values() if type(value) not in _HOLDS_NOTHING and isinstance(value, _HOLDS)
+        )
         saved.append((module, own, [(value, _items(value)) for value in containers]))
     states = [get() for get, _ in _GENERATORS]
     try:
@@ -43,7 +45,7 @@ def unmarked(model: nn.Module) -> Iterator[list[str]]:
         for module, own, contents in saved:
             effects.extend(_put_back(vars(module), own))
             for container, items in contents:
-                if _differ(_items(container), items):
+                if (container or items) and _differ(_items(container), items):
                     number = ", by a number" if _counted(_items(container), items) else ""
                     effects.append(f"changes a {type(container).__name__} it holds{number}")
                     _refill(container, items)
@@ -69,7 +71,13 @@ def _counted(now: list[Any], before: list[Any]) -> bool:
     return any(type(a) in numbers and type(b) in numbers and a != b for a, b in zip(now, before, strict=False))
 
 
+_HOLDS = (dict, list, set, deque)
+_HOLDS_NOTHING = frozenset({bool, int, float, str, tuple, type(None)})
+
+
 def _items(container: Any) -> list[Any]:
+    if not container:
+        return []
     return [part for pair in container.items() for part in pair] if isinstance(container, dict) else list(container)
 
 

@@ -60,6 +60,8 @@ class Region:
     """``id`` of tensors whose values the ``forward`` read while it was traced."""
     when: str = ""
     """The circumstances of a trace that is not the usual one."""
+    called: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    """Modules by target, as they were looked up."""
 
     @classmethod
     def of(cls, name: str, module: nn.Module, traced: Trace, when: str = "") -> Region:
@@ -73,7 +75,10 @@ class Region:
     def module_of(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module" or not isinstance(node.target, str):
             return None
-        return self.module.get_submodule(node.target)
+        module = self.called.get(node.target)
+        if module is None:
+            module = self.called[node.target] = self.module.get_submodule(node.target)
+        return module
 
 
 @dataclass
@@ -396,8 +401,10 @@ def _trace_in_eval_mode(module: nn.Module) -> Trace:
             inner.training = training
 
 
-def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
-    """All regions of a model, outermost first, and the modules that could not be traced, by name with the reason."""
+def regions(model: nn.Module, *, bare: bool = True) -> tuple[list[Region], dict[str, str]]:
+    """All regions of a model, outermost first, and the modules that could not be traced, by name with the reason.
+
+    ``bare``: also those of modules without any tensor or submodule that no other region walked through."""
     found: list[Region] = []
     failed: dict[str, str] = {}
     seen: set[int] = set()  # inside a region
@@ -406,6 +413,8 @@ def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
     def descend(module: nn.Module, name: str) -> None:
         wrapper = isinstance(module, (DataParallel, DistributedDataParallel))
         if id(module) in visited or (is_leaf(module) and not wrapper):
+            return
+        if not bare and not module._modules and id(module) not in seen and _is_bare(module):
             return
         visited.add(id(module))
         prefix = f"{name}." if name else ""
@@ -425,6 +434,18 @@ def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
 
     descend(model, "")
     return found, failed
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether a module holds only numbers and the like: its graph says nothing of any tensor or module."""
+    return all(
+        not value if name in _INTERNAL else type(value) in _NUMBERS
+        for name, value in vars(module).items()
+        if name != "training"
+    )
+
+
+_NUMBERS = frozenset({bool, int, float, str, type(None)})
 
 
 def _mark(region: Region, seen: set[int]) -> None:
