@@ -82,12 +82,11 @@ def _left(change: Change, old: nn.Module) -> nn.Module:
         return identity  # type: ignore[no-any-return]
     tensor = change.source.running_var
     assert tensor is not None
-    module = ChannelAffine(0)
-    module.num_features = affine.channels
     like = change.source.weight if change.source.weight is not None else tensor
     scale, shift = (v.to(device=like.device, dtype=like.dtype) for v in (affine.scale, affine.shift))
     if not bool(scale.isfinite().all() and shift.isfinite().all()):
         raise NormswapError(f"{change.name}: its scale and shift are not finite in {like.dtype}")
+    module = ChannelAffine(affine.channels).to(device=like.device, dtype=like.dtype)
     for name, value in (("scale", scale), ("shift", shift)):
         delattr(module, name)
         if isinstance(like, nn.Parameter):
