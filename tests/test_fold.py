@@ -571,3 +571,71 @@ def test_the_copy_shares_no_memory_with_the_model() -> None:
     theirs = {tensor.untyped_storage().data_ptr() for tensor in folded.state_dict().values()}
     assert not ours & theirs
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Relaid(nn.Module):
+    """A norm on the transposed output of a linear layer, and something behind it."""
+
+    def __init__(self, behind: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.norm(self.linear(x).transpose(1, 2)).clamp(-9, 9))
+
+
+def _doubled_in_place(x: Tensor) -> Tensor:
+    x.flatten(1).mul_(2)
+    return x
+
+
+@pytest.mark.parametrize("behind", [lambda x: x.view(x.shape[0], -1), _doubled_in_place], ids=["view", "in place"])
+def test_left_where_the_layout_behind_the_norm_matters(behind: Callable[[Tensor], Tensor]) -> None:
+    model = randomised(Relaid(behind).double()).eval()
+    x = image(2, 5, 4)
+    plan = normswap.plan_fold(model, example_inputs=(x,))
+    assert "depends on the memory layout, which the norm settles" in plan.changes[0].notes[0]
+    folded = plan.apply()
+    assert isinstance(folded.norm, ChannelAffine)
+    same(model, folded, x)
+
+
+@pytest.mark.parametrize("behind", [lambda x: x.reshape(x.shape[0], -1), lambda x: x.contiguous().view(2, -1)])
+def test_folded_where_it_does_not(behind: Callable[[Tensor], Tensor]) -> None:
+    model = randomised(Relaid(behind).double()).eval()
+    x = image(2, 5, 4)
+    plan = normswap.plan_fold(model, example_inputs=(x,))
+    assert plan.changes[0].into == ("linear",)
+    same(model, plan.apply(), x)
+
+
+class Pieces(nn.Module):
+    """Norms on some pieces of what one convolution gives."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 9, 1)
+        self.first, self.last = nn.BatchNorm2d(2), nn.BatchNorm2d(4)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.split(self.conv(x), [2, 3, 4], dim=1)
+        out = torch.cat([self.first(pieces[0]).relu(), pieces[1].sigmoid(), self.last(pieces[2])], 1)
+        return out + pieces[0].mean() if self.twice else out
+
+
+def test_norms_on_pieces_of_one_layer() -> None:
+    model = randomised(Pieces()).double()
+    plan = normswap.plan_fold(model)
+    assert [change.into for change in plan.changes] == [("conv",), ("conv",)]
+    same(model, plan.apply(), image(2, 3, 5, 5))
+
+
+def test_a_piece_that_is_read_twice() -> None:
+    model = randomised(Pieces(twice=True)).double()
+    plan = normswap.plan_fold(model)
+    assert [change.into for change in plan.changes] == [(), ("conv",)]
+    assert "is also read by" in plan.changes[0].notes[0]
+    same(model, plan.apply(), image(2, 3, 5, 5))

@@ -21,6 +21,7 @@ from normswap.fold import layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
+from normswap.graph.layouts import sensitive_reader
 from normswap.graph.overwrites import Overwrites
 from normswap.graph.reach import reach
 from normswap.graph.shapes import argument
@@ -126,6 +127,7 @@ class Search:
     def _attempt(self, site: Site, direction: Callable[[Site, Trial], str | None]) -> None:
         trial = Trial()
         reason = self.flow.unsettled(site.module) or direction(site, trial) or self._incomplete(trial)
+        reason = reason or self._relaid(site)
         key = self.key(site)
         if reason is not None:
             before = self.reasons.get(key)
@@ -144,6 +146,14 @@ class Search:
         for other, affine in trial.composes.items():
             self.affines[other] = affine.after(self.affines[other])
             record.steps.append(Step(self.references[other].name, "output", None, affine))
+
+    def _relaid(self, site: Site) -> str | None:
+        """Without the norm its readers get its input's memory layout."""
+        for flow, node in self.flow.sites(site.module):
+            reader = sensitive_reader(flow.region, node, lambda module: id(module) in self.gone)
+            if reader is not None:
+                return f"{passages.label(flow, reader)} behind it depends on the memory layout, which the norm settles"
+        return None
 
     def _incomplete(self, trial: Trial) -> str | None:
         """A layer called at several sites must be reached at all of them, by the same affine."""
@@ -174,7 +184,7 @@ class Search:
         while pending:
             need, user = pending.pop()
             node = need.node
-            users = passages.value_users(node)
+            users = [other for other in passages.value_users(node) if not passages.other_piece(node, user, other)]
             if users != [user] or list(user.all_input_nodes).count(node) != 1 or _uses(user, node) != 1:
                 others = [passages.label(flow, other) for other in users if other is not user] or ["the same operation"]
                 return f"{passages.label(flow, node)} is also read by {others[0]}"

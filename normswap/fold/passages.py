@@ -92,6 +92,14 @@ def value_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if reads_values(user, node)]
 
 
+def other_piece(pieces: fx.Node, user: fx.Node, other: fx.Node) -> bool:
+    """Whether two users of ``split(x)`` take different pieces of it, by their numbers."""
+    if pieces.target not in _SPLITS or {user.target, other.target} != {operator.getitem}:
+        return False
+    ours, theirs = user.args[1], other.args[1]
+    return isinstance(ours, int) and isinstance(theirs, int) and min(ours, theirs) >= 0 and ours != theirs
+
+
 def label(flow: Flow, node: fx.Node) -> str:
     """An operation in words, for a reason."""
     module = flow.module(node)

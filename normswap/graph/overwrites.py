@@ -70,7 +70,7 @@ class Overwrites:
         self.region = region
         self.vanished = vanished
         self.order = {node: index for index, node in enumerate(region.graph.nodes)}
-        self.writers = [node for node in region.graph.nodes if _written(region, node)]
+        self.writers = [node for node in region.graph.nodes if written(region, node)]
         self.places = [self.order[node] for node in self.writers]
 
     def between(self, node: fx.Node, readers: set[fx.Node]) -> fx.Node | None:
@@ -80,7 +80,7 @@ class Overwrites:
         if not near:
             return None
         shared = _shared(self.region, node, self.vanished)
-        return next((writer for writer in near if shared & set(_written(self.region, writer))), None)
+        return next((writer for writer in near if shared & set(written(self.region, writer))), None)
 
 
 def _shared(region: Region, node: fx.Node, vanished: Callable[[nn.Module], bool]) -> set[fx.Node]:
@@ -116,7 +116,7 @@ def _is_new(region: Region, node: fx.Node, vanished: Callable[[nn.Module], bool]
     return node.op in ("placeholder", "get_attr")
 
 
-def _written(region: Region, node: fx.Node) -> list[fx.Node]:
+def written(region: Region, node: fx.Node) -> list[fx.Node]:
     """The inputs that a node may write to."""
     module = region.module_of(node)
     if module is not None:

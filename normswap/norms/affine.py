@@ -32,8 +32,7 @@ class ChannelAffine(nn.Module):
         self.standard = _standard(self.shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        channels_are_last = x.dim() == 2 or not x.is_contiguous()
-        if channels_are_last and x.dtype == self.scale.dtype and not torch.compiler.is_exporting():
+        if _channels_last(x) and x.dtype == self.scale.dtype and not torch.compiler.is_exporting():
             shape = (-1, *[1] * (x.dim() - 2))
             return torch.addcmul(self.shift.reshape(shape), x, self.scale.reshape(shape))
         mean, variance = self.standard
@@ -48,6 +47,15 @@ class ChannelAffine(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.num_features)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels are the fastest axis; other strides than these a batch norm would not keep."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return x.dim() == 2 and x.is_contiguous()
 
 
 def _standard(like: Tensor) -> tuple[Tensor, Tensor]:
