@@ -38,8 +38,9 @@ check: $(VENV)/.test  ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-zoo: $(VENV)/.test  ## convert the models of torchvision and timm, into docs/zoo.md
+zoo: $(VENV)/.test  ## convert and fold the models of torchvision and timm, into docs/zoo.md
 	$(BIN)/python scripts/zoo.py convert
+	$(BIN)/python scripts/zoo.py fold
 
 bench: $(VENV)/.test  ## measure time and memory against named peers
 	$(BIN)/python scripts/bench.py convert

@@ -1,6 +1,7 @@
 """Sweep the real models of torchvision and timm, and write what happened to a page.
 
     python scripts/zoo.py convert [--only GLOB] [--kinds KINDS] [--limit N] [--results FILE] [--out FILE]
+    python scripts/zoo.py fold    [--only GLOB] [--limit N] [--results FILE] [--out FILE]
 
 ``convert`` turns every norm of every model into each kind, without example inputs, and judges the result with means
 that share nothing with the package: a watched run records every call of a norm function or operator and every module
@@ -30,6 +31,7 @@ import gc
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 import traceback
@@ -42,7 +44,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -338,7 +341,7 @@ def frozen_modules(run: Run) -> int:
 
 def digest() -> str:
     """A digest of the sources that a row rests on."""
-    files = sorted([*(ROOT / "normswap").rglob("*.py"), *(ROOT / "tests" / "zoo").glob("*.py"), Path(__file__)])
+    files = sorted([*(ROOT / "normswap").rglob("*.py"), *(ROOT / "tests" / "zoo").glob("*.py"), *HERE.glob("zoo*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -473,12 +476,22 @@ def convert(options: argparse.Namespace, entries: list[Entry]) -> bool:
     if unknown := [kind for kind in kinds if kind not in REPLACED]:
         sys.exit(f"--kinds: {', '.join(unknown)} is not one of {', '.join(REPLACED)}")
     rows = list(sweep("convert", entries, options.results, lambda entry: convert_row(entry, kinds), kinds))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(convert_page(rows, kinds, command_line(options)))
+    write_section(options.out, convert_page(rows, kinds, command_line(options)))
     found = Counter(cell["status"] for row in rows for kind, cell in row.get("cells", {}).items() if kind in kinds)
     unmeasured = sum("cells" not in row for row in rows)
     print(f"{len(rows)} models: {dict(found)}, {unmeasured} unmeasured; {options.out}")
     return not unmeasured and set(found) <= {"ok"}
+
+
+def write_section(path: Path, section: str) -> None:
+    """Replace the section of a page that has the same heading, or append it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text() if path.exists() else ""
+    parts = [part for part in re.split(r"^(?=# )", old, flags=re.MULTILINE) if part.strip()]
+    heading = section.partition("\n")[0]
+    position = next((i for i, part in enumerate(parts) if part.partition("\n")[0] == heading), len(parts))
+    parts[position : position + 1] = [section]
+    path.write_text("\n".join(part.rstrip() + "\n" for part in parts))
 
 
 def command_line(options: argparse.Namespace) -> str:
@@ -490,7 +503,14 @@ def command_line(options: argparse.Namespace) -> str:
     return " ".join(parts)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, list[Entry]], bool]] = {"convert": convert}
+def fold(options: argparse.Namespace, entries: list[Entry]) -> bool:
+    """The ``fold`` command; see ``scripts/zoo_fold.py``."""
+    from scripts import zoo_fold
+
+    return zoo_fold.fold(options, entries)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[Entry]], bool]] = {"convert": convert, "fold": fold}
 
 
 @contextmanager
