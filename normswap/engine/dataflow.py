@@ -6,7 +6,7 @@ which counts the real calls; without one, by the code of the modules around it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -133,15 +133,16 @@ class Dataflow:
                 return f"it is {name} too, which no traced code calls; pass example_inputs to count its calls"
         return None
 
-    def read_in_doubt(self, module: nn.Module) -> str | None:
-        """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument."""
+    def read_in_doubt(self, module: nn.Module, names: Set[str] = frozenset()) -> str | None:
+        """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument;
+        ``names``: of tensors besides the usual ones."""
         for reference in self.references.values():
             above = reference.name
             if above not in self.failed or not any(_below(name, above) for name in self.references[id(module)].names):
                 continue
             found = reach(reference.module)
             holder = above or "the model"
-            if read := _TENSORS & found.foreign:
+            if read := (_TENSORS | names) & found.foreign:
                 return f"the code of {holder} cannot be traced and reads the {sorted(read)[0]} of some module"
             if self.observation is None and (tricks := found.tricks & _READS_ANY):
                 return f"the code of {holder} cannot be traced and uses {sorted(tricks)[0]}; pass example_inputs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 from normswap.engine.copying import copy_model
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.folding import apply_fold
+from normswap.engine.lifting import standing_in
 from normswap.engine.plan import Change, Plan, Skip
 from normswap.engine.report import report
-from normswap.engine.search import Options, Search
+from normswap.engine.search import Options, Search, refused_outright
 from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError
@@ -45,9 +47,25 @@ def _plan(
     left: Set[str] = frozenset(),
 ) -> Plan:
     """``left``: names of norms that are to become a channel affine, whether or not a layer could absorb them."""
+    with standing_in(model, where, skip, refused_outright) as lifted:
+        return _search(model, where, skip, example_inputs, options, left, lifted)
+
+
+def _search(
+    model: nn.Module,
+    where: Selector,
+    skip: Selector,
+    example_inputs: tuple[Any, ...] | None,
+    options: Options,
+    left: Set[str],
+    lifted: Mapping[str, Site],
+) -> Plan:
     found = references(model)
     flow = Dataflow(model, found, example_inputs)
-    sites = survey(found, flow.observation)
+    sites = [
+        replace(lifted[site.name], evidence=site.evidence) if site.name in lifted else site
+        for site in survey(found, flow.observation)
+    ]
     check_globs(sites, where=where, skip=skip)
     plan = Plan(model, "fold", [], [], (), apply_fold)
     search = Search(flow, found, options)

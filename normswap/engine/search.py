@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from normswap import registry
+from normswap.engine import lifting
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Skip, Step
 from normswap.engine.sites import Site
@@ -68,22 +69,19 @@ class Search:
         """Layers without a bias that get one."""
 
     def key(self, site: Site) -> int:
-        return id(site.module) if site.call is None else id(site.call)
+        return id(site.module)
 
     def refuses(self, site: Site) -> str | None:
         """Why a norm is out of the question, whatever stands around it."""
+        if (reason := refused_outright(site)) is not None:
+            return reason
         norm = site.norm
-        if site.reason is not None or norm is None:
-            return site.reason
-        if norm.has_statistics and site.module.training and not norm.fixed:
-            return "it is in train mode, where it uses the batch's statistics; call eval() on it"
-        affine = scale_shift(norm)
-        if affine is None:
-            return f"{norm.kind} computes its statistics from each input"
-        if affine[0].is_meta:
-            return "it is on the meta device: there are no values to fold"
+        assert norm is not None
         if site.call is not None:
-            return "functional norm: convert it to frozen first (convert(model, 'frozen')), then fold"
+            if site.owner is None:
+                return "the module that holds its tensors has hooks or other names"
+            if (reason := self._needed_by_others(site)) is not None:
+                return reason
         if watched(site.module):
             return "it has forward or backward hooks, which fold would take away"
         if parametrize.is_parametrized(site.module):
@@ -98,14 +96,29 @@ class Search:
                 return f"the code around it also reads its {field_name} directly"
         if (reason := self.flow.read_in_doubt(site.module) or self.flow.asked_for(site.module)) is not None:
             return reason
-        if not Affine(*affine).finite:
+        affine = scale_shift(norm)
+        if affine is None or not Affine(*affine).finite:
             return "its statistics are not finite, or a variance is negative"
         return None
+
+    def _needed_by_others(self, site: Site) -> str | None:
+        """Why a functional norm's tensors, or the class of the module that calls it, must stay."""
+        assert site.owner is not None
+        if (reason := lifting.tensors_needed(site)) is not None:
+            return reason
+        if registry.registered(site.owner) and (reason := self.flow.asked_for(site.owner)) is not None:
+            return reason
+        if any(id(buffer) in self.flow.tensor_reads for buffer in site.module.buffers()):
+            return "the code around it also reads its tensors directly"
+        return self.flow.read_in_doubt(site.owner, lifting.attributes(site))
 
     def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
         ordered = self._in_order(chosen)
         for site in ordered:
             assert site.norm is not None
+            if site.owner is not None:
+                for tensor in site.norm.tensors.values():
+                    self.owners.setdefault(id(tensor), []).append(site.module)
             pair = scale_shift(site.norm)
             assert pair is not None
             self.affines[self.key(site)] = Affine(*pair)
@@ -380,10 +393,12 @@ class Search:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = Norm(kind="identity", channels=norm.channels, pools=frozenset(), momentum=None, then=norm.then)
+            common |= {"notes": lifting.notes(site), "functional": site.functional}
             return Change(site.name, norm, target, "exact", "identity", into=into, fold=record, **common)
         reason = self.reasons[key]
         if self.options.keep_batchnorm:
             return Skip(site.name, reason, norm, site.label, **common)
+        common["functional"] = site.functional
         affine = self.affines[key]
         target = Norm(kind="affine", channels=norm.channels, eps=None, momentum=None, then=norm.then)
         return Change(
@@ -392,10 +407,25 @@ class Search:
             target,
             "exact",
             "affine",
-            notes=(reason,),
+            notes=(reason, *lifting.notes(site)),
             fold=Fold(left=affine, order=len(self.affines)),
             **common,
         )
+
+
+def refused_outright(site: Site) -> str | None:
+    """Why a norm is out of the question by itself."""
+    norm = site.norm
+    if site.reason is not None or norm is None:
+        return site.reason or "it is not known what it computes"
+    if norm.has_statistics and site.module.training and not norm.fixed:
+        return "it is in train mode, where it uses the batch's statistics; call eval() on it"
+    affine = scale_shift(norm)
+    if affine is None:
+        return f"{norm.kind} computes its statistics from each input"
+    if affine[0].is_meta:
+        return "it is on the meta device: there are no values to fold"
+    return None
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

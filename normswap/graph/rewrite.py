@@ -98,16 +98,17 @@ def install(module: nn.Module, graphs: dict[bool, fx.Graph], base: type[nn.Modul
 
 
 class Before:
-    """A module's class, tables and graph, and those of its submodules that hold a norm's tensors."""
+    """The class, tables and graph of a module and of its submodules."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.graph = module.graph if isinstance(module, fx.GraphModule) else None
+        self.graphs = [(m, m.graph) for m in module.modules() if isinstance(m, fx.GraphModule)]
         tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.saved = [
             (m, m.__class__, dict(vars(m)), {t: copy.copy(vars(m)[t]) for t in tables}) for m in module.modules()
         ]
 
     def restore(self) -> None:
+        edited = [(module, graph) for module, graph in self.graphs if module.graph is not graph]
         for module, cls, attributes, tables in self.saved:
             module.__class__ = cls
             vars(module).clear()
@@ -116,9 +117,8 @@ class Before:
                 current = vars(module)[name]
                 current.clear()
                 current.update(table)
-        if self.graph is not None:
-            root: Any = self.saved[0][0]
-            root.graph = self.graph
+        for module, graph in edited:
+            module.graph = graph
 
 
 Source = tuple[str, str]
