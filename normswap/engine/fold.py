@@ -47,7 +47,7 @@ def _plan(
     left: Set[str] = frozenset(),
 ) -> Plan:
     """``left``: names of norms that are to become a channel affine, whether or not a layer could absorb them."""
-    with standing_in(model, where, skip, refused_outright) as lifted:
+    with standing_in(model, refused_outright) as lifted:
         return _search(model, where, skip, example_inputs, options, left, lifted)
 
 
@@ -69,6 +69,7 @@ def _search(
     check_globs(sites, where=where, skip=skip)
     plan = Plan(model, "fold", [], [], (), apply_fold)
     search = Search(flow, found, options)
+    search.own(sites)
     chosen: list[Site] = []
     for site in sites:
         reason = excluded(site, where, skip) or search.refuses(site)

@@ -14,7 +14,6 @@ from torch import fx, nn
 
 from normswap.engine.guards import child_reads
 from normswap.engine.plan import Change
-from normswap.engine.select import Selector, excluded
 from normswap.engine.sites import Site, functional_sites
 from normswap.errors import NormswapError, Refusal
 from normswap.graph.lift import Forward, lift
@@ -25,9 +24,7 @@ GENERATED = "its forward is generated from a trace: Python branches and optional
 
 
 @contextmanager
-def standing_in(
-    model: nn.Module, where: Selector, skip: Selector, refuses: Callable[[Site], str | None]
-) -> Iterator[dict[str, Site]]:
+def standing_in(model: nn.Module, refuses: Callable[[Site], str | None]) -> Iterator[dict[str, Site]]:
     """Within it, the functional norms that may fold are modules; given are their sites by name, for what they were.
 
     ``refuses`` says why a norm is out of the question before anything around it is looked at."""
@@ -35,7 +32,7 @@ def standing_in(
     owners: dict[int, tuple[Forward, dict[str, nn.Module]]] = {}
     sites: dict[str, Site] = {}
     for site in functional_sites(found):
-        if refuses(site) is not None or excluded(site, where, skip) is not None or _held_elsewhere(site, found):
+        if refuses(site) is not None or _held_elsewhere(site, found):
             continue
         assert site.call is not None
         assert site.forward is not None

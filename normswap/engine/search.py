@@ -6,7 +6,7 @@ single use, every call site of a layer, every user of its parameters, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,13 +112,17 @@ class Search:
             return "the code around it also reads its tensors directly"
         return self.flow.read_in_doubt(site.owner, lifting.attributes(site))
 
+    def own(self, sites: Iterable[Site]) -> None:
+        """Functional norms that stay keep reading their tensors, which then are shared with a layer that has them."""
+        for site in sites:
+            if site.owner is not None and site.norm is not None:
+                for tensor in site.norm.tensors.values():
+                    self.owners.setdefault(id(tensor), []).append(site.module)
+
     def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
         ordered = self._in_order(chosen)
         for site in ordered:
             assert site.norm is not None
-            if site.owner is not None:
-                for tensor in site.norm.tensors.values():
-                    self.owners.setdefault(id(tensor), []).append(site.module)
             pair = scale_shift(site.norm)
             assert pair is not None
             self.affines[self.key(site)] = Affine(*pair)

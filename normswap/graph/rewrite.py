@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import count
 from typing import Any
 
@@ -108,7 +109,9 @@ class Before:
         ]
 
     def restore(self) -> None:
-        edited = [(module, graph) for module, graph in self.graphs if module.graph is not graph]
+        for edited, graph in self.graphs:
+            if edited.graph is not graph:
+                edited.graph = graph  # compiles the forward anew
         for module, cls, attributes, tables in self.saved:
             module.__class__ = cls
             vars(module).clear()
@@ -117,8 +120,6 @@ class Before:
                 current = vars(module)[name]
                 current.clear()
                 current.update(table)
-        for module, graph in edited:
-            module.graph = graph
 
 
 Source = tuple[str, str]
@@ -161,6 +162,7 @@ def _lifted_class(base: type[nn.Module], sources: tuple[Source, ...]) -> type[nn
         members["forward"] = evaluation
     else:
 
+        @wraps(evaluation)  # its signature, without which the forward could not be traced again
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (train if self.training else evaluation)(self, *args, **kwargs)
 
