@@ -263,7 +263,7 @@ def test_inplace_is_the_model_itself() -> None:
     assert batch_norms_run(model, sample(*IMAGE)) == 0
 
 
-# --- left alone ---------------------------------------------------------------------------------------------------------
+# --- left alone -----------------------------------------------------------------------------------------------------
 
 
 def left(model: nn.Module, reason: str, **options: Any) -> None:

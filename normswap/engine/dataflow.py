@@ -108,6 +108,14 @@ class Dataflow:
         """The calls of a module in all regions."""
         return self.calls.get(id(module), [])
 
+    def may_run(self, module: nn.Module) -> bool:
+        """Whether anything calls a module, or could where no graph looks."""
+        if self.sites(module):
+            return True
+        if self.observation is not None:
+            return id(module) in self.observation.modules
+        return any(self._uncovered(name) for name in self.references[id(module)].names)
+
     def unsettled(self, module: nn.Module) -> str | None:
         """Why the calls of a module in the graphs may not be all of its calls, or ``None``."""
         places = self.sites(module)

@@ -15,22 +15,20 @@ from normswap.engine.plan import Change
 from normswap.errors import NormswapError
 from normswap.fold import layers
 from normswap.graph.references import Reference, references
+from normswap.graph.separate import Unsharing, separate
 from normswap.norms.affine import ChannelAffine
 
 
 def apply_fold(
-    model: nn.Module, changes: Sequence[Change], undoable: bool = True
+    model: nn.Module, changes: Sequence[Change], undoable: bool = True, unsharing: Unsharing | None = None
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Make the folds in place; returns the model and what undoes them, bit for bit.
 
     An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand.
     Either way the model computes what it did. Where functional norms are among the changes, old weights are kept until
-    the end: the calls leave their forwards together."""
+    the end: the calls leave their forwards together. ``unsharing`` is made first."""
     functional = any(change.functional for change in changes)
-    lifts = Lifts(model, functional)
-    found = references(model)
-    by_name = {name: reference for reference in found.values() for name in reference.names}
-    undo: list[Callable[[], None]] = []
+    undo: list[Callable[[], None]] = [separate(model, unsharing)] if unsharing else []
 
     def back() -> None:
         while undo:
@@ -38,6 +36,8 @@ def apply_fold(
 
     root = model
     try:
+        lifts = Lifts(model, functional)
+        by_name = {name: reference for reference in references(model).values() for name in reference.names}
         awaited: set[str] = set()  # norms that must change too before the model computes what it did
         for change in sorted(changes, key=lambda change: 0 if change.fold is None else change.fold.order):
             if not undoable and not awaited and not functional:

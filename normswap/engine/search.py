@@ -6,7 +6,7 @@ single use, every call site of a layer, every user of its parameters, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from normswap.engine import lifting
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Skip, Step
 from normswap.engine.sites import Site
+from normswap.errors import FixedArgument
 from normswap.fold import layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
@@ -34,6 +35,8 @@ class Options:
 
     keep_batchnorm: bool = False
     """A norm that no layer absorbs stays as it is."""
+    unshare: bool = False
+    """Layers that several places call get a copy for each need."""
 
 
 @dataclass
@@ -49,9 +52,17 @@ class Trial:
 class Search:
     """Finds, norm by norm in dataflow order, which layers absorb it."""
 
-    def __init__(self, flow: Dataflow, found: dict[int, Any], options: Options) -> None:
+    def __init__(
+        self, flow: Dataflow, found: dict[int, Any], options: Options, joined: Mapping[int, str] | None = None
+    ) -> None:
         self.flow = flow
         self.options = options
+        self.joined = joined or {}
+        """Why places of a layer, by its ``id``, could not be taken apart."""
+        self.shared: set[int] = set()
+        """Layers that the attempt at hand found shared."""
+        self.blocked: dict[int, set[int]] = {}
+        """Layers whose being shared is in the way of a norm, by its key."""
         self.references = found
         self.owners: dict[int, list[nn.Module]] = {}
         for reference in found.values():
@@ -64,6 +75,7 @@ class Search:
         self.folds: dict[int, Fold] = {}
         self.reasons: dict[int, str] = {}
         self.layer_reasons: dict[int, str | None] = {}
+        self.tied: set[int] = set()
         self.overwrites: dict[int, Overwrites] = {}
         self.biased: set[int] = set()
         """Layers without a bias that get one."""
@@ -110,6 +122,9 @@ class Search:
             return reason
         if any(id(buffer) in self.flow.tensor_reads for buffer in site.module.buffers()):
             return "the code around it also reads its tensors directly"
+        failed = self.flow.failed.get(self.references[id(site.owner)].name, "")
+        if failed.startswith(FixedArgument.__name__):
+            return f"it is called with optional arguments, which a generated forward does not take ({failed})"
         return self.flow.read_in_doubt(site.owner, lifting.attributes(site))
 
     def own(self, sites: Iterable[Site]) -> None:
@@ -145,6 +160,7 @@ class Search:
 
     def _attempt(self, site: Site, direction: Callable[[Site, Trial], str | None]) -> None:
         trial = Trial()
+        self.shared = self.blocked.setdefault(self.key(site), set())
         reason = self.flow.unsettled(site.module) or direction(site, trial) or self._incomplete(trial)
         key = self.key(site)
         if reason is not None:
@@ -171,11 +187,28 @@ class Search:
             sites = self.flow.calls.get(identity, [])
             if len(nodes) != len(sites):
                 name = self.references[identity].name
+                self.shared.add(identity)
                 when = next(flow.region.when for flow, node in sites if node not in nodes)
                 if when:
                     return f"{when}, {name} does not lead to this norm alone"
-                return f"{name} is called at {len(sites)} sites and only {len(nodes)} of them lead to this norm"
+                told = f"{name} is called at {len(sites)} sites and only {len(nodes)} of them lead to this norm"
+                return f"{told}{self._way_out(identity)}"
         return None
+
+    def _way_out(self, identity: int) -> str:
+        """What ``unshare`` could do about a shared layer, or why it could not."""
+        if not isinstance(layers.describe(self.references[identity].module), Layer):
+            return ""
+        if self.options.unshare:
+            reason = self.joined.get(identity)
+            return "" if reason is None else f" (unshare: {reason})"
+        return "; unshare=True gives it a copy for each need"
+
+    def blocking(self) -> dict[int, nn.Module]:
+        """The layers, by ``id``, whose being shared is in the way of a norm that was not folded."""
+        stay = (shared for key, shared in self.blocked.items() if key not in self.gone)
+        found = {identity: self.references[identity].module for identity in set().union(*stay)}
+        return {identity: m for identity, m in found.items() if isinstance(layers.describe(m), Layer)}
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -337,6 +370,8 @@ class Search:
         if affine.channels != channels:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
         if (reason := self._unfit(module)) is not None:
+            if id(module) in self.tied or len(self.references[id(module)].names) > 1:
+                self.shared.add(id(module))
             return reason
         if layers.may_overflow(module, affine):
             dtype = str(module.weight.dtype).removeprefix("torch.")
@@ -350,7 +385,9 @@ class Search:
         key: tuple[int, Side] = (id(module), side)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):
-                return f"{self.references[id(module)].name} is called at several sites with different norms"
+                self.shared.add(id(module))
+                name = self.references[id(module)].name
+                return f"{name} is called at several sites with different norms{self._way_out(id(module))}"
         else:
             trial.absorbs[key] = (module, layer, affine)
         trial.reached.setdefault(id(module), set()).add(node)
@@ -373,7 +410,8 @@ class Search:
             owners = self.owners.get(id(parameter), [])
             if len(owners) > 1:
                 others = [self.references[id(o)].name for o in owners if o is not module] or [name]
-                return f"{name} shares its weight with {others[0]}"
+                self.tied.add(id(module))
+                return f"{name} shares its weight with {others[0]}{self._way_out(id(module))}"
             if id(parameter) in self.flow.tensor_reads:
                 return f"the weight of {name} is also read directly"
             if parameter.is_meta:

@@ -1,10 +1,10 @@
 """Functional norms become modules, in the one module whose own ``forward`` calls them.
 
 That ``forward`` is traced with every child as a leaf, once in train and once in eval mode; the norm calls are read from
-the graphs. Lifting puts a module, or nothing, where each call was and gives the object a ``forward`` generated from the two graphs.
-The object itself stays: its children, other parameters, hooks and aliases are untouched, and its class becomes a
-subclass of the user's (of ``nn.Module`` where the user's class is itself a norm, which it no longer computes). A
-``GraphModule`` has its graph edited."""
+the graphs. Lifting puts a module, or nothing, where each call was and gives the object a ``forward`` generated from the
+two graphs. The object itself stays: its children, other parameters, hooks and aliases are untouched, and its class
+becomes a subclass of the user's (of ``nn.Module`` where the user's class is itself a norm, which it no longer
+computes). A ``GraphModule`` has its graph edited."""
 
 from __future__ import annotations
 
