@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normswap import Norm, Plan, plan_convert, read, reference, registry
+from normswap import Norm, Plan, apply_recipe, plan_convert, plan_fold, read, reference, registry
 from normswap.engine.carry import fresh
 
 DOUBLE = 1e-9
@@ -199,3 +200,27 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def without_statistics(norm: Norm) -> Norm:
     return replace(norm, running_mean=None, running_var=None, num_batches_tracked=None)
+
+
+def check_fold(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Plan, nn.Module]:
+    """The plan of a fold and its result: the plan touches nothing, the function is the same, undone bit for bit,
+    replayed and loaded strictly."""
+    before = picture(model)
+    plan = plan_fold(model, **options)
+    assert before.differences(model) == []
+    folded = plan.apply()
+    assert before.differences(model) == []
+    with torch.no_grad():
+        wanted = model(*copy.deepcopy(inputs))
+        assert distance(folded(*copy.deepcopy(inputs)), wanted) < DOUBLE
+    assert plan.apply(inplace=True) is model
+    with torch.no_grad():
+        assert distance(model(*copy.deepcopy(inputs)), wanted) < DOUBLE
+    assert list(model.state_dict()) == list(folded.state_dict())
+    plan.undo()
+    assert before.differences(model) == []
+    replayed = apply_recipe(model, json.loads(json.dumps(plan.recipe)))
+    replayed.load_state_dict(folded.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(replayed(*copy.deepcopy(inputs)), folded(*copy.deepcopy(inputs)))
+    return plan, folded

@@ -14,7 +14,18 @@ from torch.nn import functional as F
 import normswap
 from normswap.engine import folding, lifting
 from normswap.norms.affine import ChannelAffine
-from tests.support import DOUBLE, batch_norms_run, check_copies, distance, only, operators, picture, randomise, sample
+from tests.support import (
+    DOUBLE,
+    batch_norms_run,
+    check_copies,
+    check_fold,
+    distance,
+    only,
+    operators,
+    picture,
+    randomise,
+    sample,
+)
 
 aten = torch.ops.aten
 
@@ -59,27 +70,8 @@ CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 IMAGE = (2, 4, 5, 5)
 
 
-def checked(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[normswap.Plan, nn.Module]:
-    """The plan and its result: same function, input untouched, undone bit for bit, replayed, loaded strictly."""
-    inputs = inputs or (sample(*IMAGE),)
-    before = picture(model)
-    plan = normswap.plan_fold(model, **options)
-    assert before.differences(model) == []
-    folded = plan.apply()
-    assert before.differences(model) == []
-    with torch.no_grad():
-        wanted = model(*(x.clone() for x in inputs))
-        assert distance(folded(*(x.clone() for x in inputs)), wanted) < DOUBLE
-    assert plan.apply(inplace=True) is model
-    with torch.no_grad():
-        assert distance(model(*(x.clone() for x in inputs)), wanted) < DOUBLE
-    plan.undo()
-    assert before.differences(model) == []
-    replayed = normswap.apply_recipe(model, plan.recipe)
-    replayed.load_state_dict(folded.state_dict(), strict=True)
-    with torch.no_grad():
-        assert torch.equal(replayed(*(x.clone() for x in inputs)), folded(*(x.clone() for x in inputs)))
-    return plan, folded
+def checked(model: nn.Module, **options: Any) -> tuple[normswap.Plan, nn.Module]:
+    return check_fold(model, sample(*IMAGE), **options)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -370,7 +370,8 @@ class Search:
         if affine.channels != channels:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
         if (reason := self._unfit(module)) is not None:
-            if id(module) in self.tied or len(self.references[id(module)].names) > 1:
+            places = max(len(self.references[id(module)].names), len(self.flow.sites(module)))
+            if id(module) in self.tied or places > 1:
                 self.shared.add(id(module))
             return reason
         if layers.may_overflow(module, affine):
