@@ -8,6 +8,7 @@ is made on, after which the model is as it was."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from normswap.errors import FixedArgument, Refusal
 from normswap.graph.reach import reach
 from normswap.graph.references import references
 from normswap.graph.rewrite import Before, traced_forward
-from normswap.graph.separate import Calls, Copied, Unsharing, inside, joined, repeated, take, untie
+from normswap.graph.separate import Calls, Copied, Unsharing, calls, inside, joined, take, untie
 
 Need = tuple[Any, ...]
 """What a layer absorbs: the names of norms, and on which side."""
@@ -31,10 +32,17 @@ _PLAIN = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass
 class Split:
-    """The calls of one module's ``forward`` taken apart: the copies for each call of a target but the first."""
+    """The calls of one module's ``forward`` taken apart."""
 
     module: str
-    copies: dict[str, list[Copied]]
+    total: int
+    """How many calls there are."""
+    copies: dict[str, dict[int, Copied]]
+    """For each child that is called several times, the copies by the number of the call, the first call excepted."""
+
+    @property
+    def made(self) -> list[Copied]:
+        return [copied for copies in self.copies.values() for copied in copies.values()]
 
 
 @dataclass
@@ -133,30 +141,31 @@ class _Taking:
         try:
             if name in self.fixed:
                 raise Refusal(self.fixed[name])
-            counts = repeated(module)
+            called = calls(module)
         except Refusal as refusal:
             self._note(name, f"{name or 'the model'}: {refusal.reason}")
             return
-        names: dict[str, tuple[str, ...]] = {}
-        split = Split(name, {})
-        for target, number in counts.items():
+        names: dict[int, str] = {}
+        split = Split(name, len(called), {})
+        for target in [target for target, times in Counter(called).items() if times > 1]:
             child = module.get_submodule(target)
             original = joined(name, target)
             if id(child) not in carriers or not self.made.within(original) or not self._may_copy(child, original):
                 continue
-            new = list(_free(module, target.replace(".", "_"), number - 1))
-            names[target] = (target, *new)
-            split.copies[target] = [self._copied(joined(name, each), original) for each in new]
-            for step in split.copies[target]:
+            numbers = [number for number, each in enumerate(called) if each == target][1:]
+            split.copies[target] = {}
+            for number, new in zip(numbers, _free(module, target.replace(".", "_"), len(numbers)), strict=True):
+                names[number] = new
+                split.copies[target][number] = step = self._copied(joined(name, new), original)
                 take(self.model, step, own_memory=False)
         if names:
-            take(self.model, Calls(name, names), own_memory=False)
+            take(self.model, Calls(name, len(called), names), own_memory=False)
             self.made.steps.append(split)
 
-    def _note(self, name: str, reason: str) -> None:
+    def _note(self, name: str, reason: str, *, sure: bool = False) -> None:
         for path, identity in self.made.layers.items():
-            if inside(path, name):
-                self.made.reasons.setdefault(identity, reason)
+            if inside(path, name) and (sure or identity not in self.made.reasons):
+                self.made.reasons[identity] = reason
 
     def _may_copy(self, module: nn.Module, name: str) -> bool:
         places = self.made.within(name)
@@ -166,7 +175,7 @@ class _Taking:
             if id(part) not in self.bare:
                 self.bare[id(part)] = self._why_not(part, layer=path in self.made.layers)
             if (reason := self.bare[id(part)]) is not None:
-                self._note(name, f"{path} {reason}")
+                self._note(name, f"{path} {reason}", sure=True)
                 return False
         return True
 
@@ -254,7 +263,7 @@ class _Together:
         self.made = [
             (copied.name, copied.of)
             for step in taken.steps
-            for copied in ([step] if isinstance(step, Copied) else [c for each in step.copies.values() for c in each])
+            for copied in ([step] if isinstance(step, Copied) else step.made)
         ]
         for name, of in self.made:  # a place that nothing calls needs what its original does
             for inner, path in taken.within(name).items():
@@ -296,11 +305,10 @@ class _Together:
 
     def _split(self, step: Split) -> None:
         objects = self._copies_of(step)
-        names: dict[str, tuple[str, ...]] = {}
+        names: dict[int, str] = {}
         for target, copies in step.copies.items():
             kept = [target]
-            called = [target]
-            for copied in copies:
+            for number, copied in copies.items():
                 name = copied.name[len(step.module) :].lstrip(".")
                 same = next((other for other in kept if self._alike(objects, name, other)), None)
                 if same is None:
@@ -308,15 +316,14 @@ class _Together:
                     self.steps.append(self._made(copied))
                 else:
                     self.dropped.add(copied.name)
-                called.append(same or name)
-            if len(kept) > 1:
-                names[target] = tuple(called)
+                if same != target:
+                    names[number] = same or name
         if names:
-            self.steps.append(Calls(step.module, names))
+            self.steps.append(Calls(step.module, step.total, names))
 
     def _copies_of(self, step: Split) -> list[str]:
         """The module, and the copies that are made of it after its calls were taken apart."""
-        later = {name for names in step.copies.values() for copied in names for name in [copied.name]}
+        later = {copied.name for copied in step.made}
         start = max((i + 1 for i, (name, _) in enumerate(self.made) if name in later), default=0)
         names = [step.module]
         for copied, of in self.made[start:]:

@@ -8,7 +8,7 @@ same class and holds the same other modules and tensors. Tied parameters are unt
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,14 @@ class Copied:
 
 @dataclass(frozen=True)
 class Calls:
-    """A ``forward`` that calls another name at each call."""
+    """A ``forward`` some of whose calls go to other modules."""
 
     module: str
-    names: Mapping[str, tuple[str, ...]]
-    """What was called -> what is called instead, call by call in the order of the trace."""
+    total: int
+    """How many calls of modules its trace shows."""
+    names: Mapping[int, str]
+    """Which of them, by number, is a call of what instead. (By number: in a trace a module has one name only, however
+    many slots it stands in.)"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Unsharing:
         steps = [
             {"name": step.name, "of": step.of, "layers": dict(step.layers)}
             if isinstance(step, Copied)
-            else {"module": step.module, "names": {target: list(names) for target, names in step.names.items()}}
+            else {"module": step.module, "total": step.total, "calls": [[i, n] for i, n in step.names.items()]}
             for step in self.steps
         ]
         return {"steps": steps, "untied": list(self.untied)}
@@ -84,8 +87,8 @@ class Unsharing:
                 if "of" in step:
                     steps.append(Copied(str(step["name"]), str(step["of"]), dict(step["layers"])))
                 else:
-                    names = {target: tuple(map(str, called)) for target, called in step["names"].items()}
-                    steps.append(Calls(str(step["module"]), names))
+                    names = {int(number): str(name) for number, name in step["calls"]}
+                    steps.append(Calls(str(step["module"]), int(step["total"]), names))
             return cls(tuple(steps), tuple(map(str, data["untied"])))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise NormswapError("the recipe's 'unshare' is malformed: it needs steps and untied") from error
@@ -125,7 +128,7 @@ def separate(model: nn.Module, unsharing: Unsharing, *, own_memory: bool = True)
 def take(model: nn.Module, step: Copied | Calls, own_memory: bool) -> None:
     """Make one step, in place."""
     if isinstance(step, Calls):
-        _call_apart(model.get_submodule(step.module), step.names)
+        _call_apart(model.get_submodule(step.module), step)
         return
     source = model.get_submodule(step.of)
     parent, _, key = step.name.rpartition(".")
@@ -180,35 +183,31 @@ def untie(model: nn.Module, name: str, own_memory: bool) -> None:
         layer._parameters[key] = _twin(parameter, own_memory)
 
 
-def repeated(module: nn.Module) -> dict[str, int]:
-    """The children that a module's own ``forward`` calls more than once, and how often.
+def calls(module: nn.Module) -> list[str]:
+    """The children that a module's own ``forward`` calls, in order.
 
     Raises :class:`Refusal` when it cannot be traced, or does what a generated forward would not do."""
     forward = traced_forward(module, WHY)
-    counts: list[dict[str, int]] = []
-    for graph in forward.graphs.values():
-        counts.append({})
-        for node in _called(graph):
-            counts[-1][str(node.target)] = counts[-1].get(str(node.target), 0) + 1
-    if counts[0] != counts[-1]:
+    called = [[str(node.target) for node in _calls(graph)] for graph in forward.graphs.values()]
+    if called[0] != called[-1]:
         raise Refusal("its forward calls other modules in train mode than in eval mode")
-    return {target: count for target, count in counts[0].items() if count > 1}
+    return called[0]
 
 
-def _called(graph: fx.Graph) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if node.op == "call_module")
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_module"]
 
 
-def _call_apart(module: nn.Module, names: Mapping[str, tuple[str, ...]]) -> None:
-    forward = traced_forward(module, WHY)
-    graphs = copied_graphs(forward)
+def _call_apart(module: nn.Module, step: Calls) -> None:
+    graphs = copied_graphs(traced_forward(module, WHY))
     for graph in graphs.values():
-        for target, called in names.items():
-            nodes = [node for node in _called(graph) if node.target == target]
-            if len(nodes) != len(called):
-                raise Refusal(f"its forward calls {target} {len(nodes)} times, not {len(called)}")
-            for node, name in zip(nodes, called, strict=True):
-                node.target = name
+        nodes = _calls(graph)
+        if len(nodes) != step.total:
+            raise Refusal(f"its forward calls {len(nodes)} modules, not {step.total}")
+        for number, name in step.names.items():
+            if not 0 <= number < step.total:
+                raise Refusal(f"its forward has no call number {number}")
+            nodes[number].target = name
     install(module, graphs, type(module))
 
 
