@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -616,3 +617,115 @@ def test_a_recipe_that_does_not_fit(change: Callable[[dict[str, Any]], Any], rea
     with pytest.raises(normswap.NormswapError, match=reason):
         normswap.apply_recipe(model, spoilt(change), inplace=True)
     assert before.differences(model) == []
+
+
+# --- random networks ------------------------------------------------------------------------------------------------
+
+
+class Program(nn.Module):
+    """Runs a list of steps over its children, some of which stand in several blocks and slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, str]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for operation, name in self.steps:
+            if operation == "call":
+                x = self.get_submodule(name)(x)
+            elif operation == "add":
+                x = x + self.get_submodule(name)(x)
+            elif operation == "functional":
+                x = F.batch_norm(x, self.own_mean, self.own_running_var)
+            elif operation == "read":
+                x = x * (1 + self.get_submodule(name).weight.mean())
+            else:
+                x = F.relu(x) - 0.2
+        return x
+
+
+class Sharing:
+    """A random network of blocks that share convolutions, norms and each other."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        sizes = [rng.choice([1, 3]) for _ in range(rng.randrange(1, 4))]
+        self.convs = [nn.Conv2d(4, 4, size, padding="same", bias=rng.random() < 0.5) for size in sizes]
+        self.norms = [nn.BatchNorm2d(4) for _ in range(rng.randrange(2, 6))]
+        if rng.random() < 0.2 and sizes[0] == sizes[-1]:
+            self.convs[0].weight = self.convs[-1].weight
+        self.blocks: list[nn.Module] = []
+        self.network: nn.Module = self.block(rng.randrange(0, 3))
+        if rng.random() < 0.3:
+            parts = [*self.blocks, *self.blocks, *self.norms, *self.convs]
+            self.network = nn.Sequential(*(rng.choice(parts) for _ in range(3)))
+        randomise(self.network.double(), seed).eval()
+        with torch.no_grad():
+            for conv in self.convs:
+                conv.weight.mul_(0.3)
+        for module in self.network.modules():
+            if isinstance(module, nn.BatchNorm2d) and rng.random() < 0.05:
+                module.train()
+            if isinstance(module, (nn.Conv2d, Program)) and rng.random() < 0.03:
+                module.register_forward_hook(lambda _module, _inputs, _output: None)
+
+    def block(self, depth: int) -> nn.Module:
+        rng, block, children = self.rng, Program(), []
+        for index in range(rng.randrange(1, 4)):
+            part: nn.Module = rng.choice(self.convs)
+            if depth and rng.random() < 0.5:
+                part = rng.choice(self.blocks) if self.blocks and rng.random() < 0.4 else self.block(depth - 1)
+            name = f"part_{index}"
+            listed = rng.random() < 0.3
+            block.add_module(name, nn.ModuleList([part]) if listed else part)
+            children.append(f"{name}.0" if listed else name)
+        norms = [f"norm_{index}" for index in range(rng.randrange(0, 3))]
+        for name in norms:
+            block.add_module(name, rng.choice(self.norms))
+        functional = rng.random() < 0.2
+        if functional:
+            block.register_buffer("own_mean", torch.zeros(4))
+            block.register_buffer("own_running_var", torch.ones(4))
+        for _ in range(rng.randrange(2, 7)):
+            block.steps.append((rng.choice(["call", "call", "call", "add"]), rng.choice(children)))
+            if norms and rng.random() < 0.75:
+                block.steps.append(("call", rng.choice(norms)))
+            elif functional:
+                block.steps.append(("functional", ""))
+            if rng.random() < 0.6:
+                block.steps.append(("relu", ""))
+            convs = [name for name in children if isinstance(block.get_submodule(name), nn.Conv2d)]
+            if convs and rng.random() < 0.04:
+                block.steps.append(("read", rng.choice(convs)))
+        self.blocks.append(block)
+        return block
+
+
+def check_network(seed: int) -> tuple[int, int]:
+    """Fold a network with ``unshare``; how many norms vanish with it, and without."""
+    model, x = Sharing(seed).network, sample(*IMAGE, seed=seed)
+    for module in model.modules():
+        if isinstance(getattr(module, "own_running_var", None), Tensor):
+            module.own_running_var.abs_().add_(0.5)
+    before, wanted = picture(model), copy.deepcopy(model)(x)
+    plain = normswap.plan_fold(model)
+    plan = normswap.plan_fold(model, unshare=True)
+    assert before.differences(model) == []
+    folded = plan.apply()
+    assert distance(copy.deepcopy(folded)(x), wanted) < DOUBLE
+    assert bool(plan.unsharing) == (plan.new_bytes > 0)
+    assert list(plan.apply(inplace=True).state_dict()) == list(folded.state_dict())
+    plan.undo()
+    assert before.differences(model) == []
+    replayed = normswap.apply_recipe(model, plan.recipe)
+    replayed.load_state_dict(folded.state_dict(), strict=True)
+    assert distance(replayed(x), wanted) < DOUBLE
+    vanished = [sum(change.to == "identity" for change in each.changes) for each in (plan, plain)]
+    assert vanished[0] >= vanished[1]
+    return vanished[0], vanished[1]
+
+
+def test_random_networks() -> None:
+    counts = [check_network(seed) for seed in range(40)]
+    with_copies, without = (sum(column) for column in zip(*counts, strict=True))
+    assert with_copies > without + 10
