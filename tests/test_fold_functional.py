@@ -351,6 +351,47 @@ def test_a_forward_that_cannot_be_traced() -> None:
     left(made(forward), "cannot be traced")
 
 
+class Shifted(Tensors):
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = norm(self, self.before(x))
+        return x if shift is None else x + shift
+
+
+class CallsShifted(nn.Module):
+    def __init__(self, given: bool) -> None:
+        super().__init__()
+        self.block, self.given = Shifted(), given
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, x.mean()) if self.given else self.block(x)
+
+
+def test_a_forward_that_is_called_with_an_optional_argument() -> None:
+    model = randomise(CallsShifted(given=True).double()).eval()
+    left(model, "called with optional arguments, which a generated forward does not take")
+    left(model, "call its forward with optional arguments", example_inputs=(sample(*IMAGE),))
+    plan, _ = checked(randomise(CallsShifted(given=False).double()).eval())
+    assert only(plan.changes).into == ("block.before",)
+
+
+def test_holders_of_tensors_with_hooks() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.norm = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.norm
+            return F.batch_norm(self.before(x), norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
+    model = randomise(Holder().double()).eval()
+    plan, folded = checked(model)
+    assert only(plan.changes).into == ("before",)
+    assert isinstance(folded.norm, nn.Identity)
+    model.norm.register_forward_hook(lambda *_: None)
+    left(model, "the module that holds its tensors has hooks")
+
+
 def test_not_finite() -> None:
     model = made(lambda self, x: norm(self, self.before(x)))
     model.running_var[2] = -1

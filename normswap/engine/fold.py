@@ -20,7 +20,7 @@ from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
 from normswap.engine.unsharing import find_unsharing
 from normswap.errors import FixedArgument, NormswapError
-from normswap.graph.references import references
+from normswap.graph.references import Reference, references
 from normswap.graph.separate import Unsharing, parameter_bytes, separate
 
 
@@ -60,15 +60,21 @@ class _Request:
 
     def plan(self, joined: Mapping[int, str] | None = None) -> tuple[Plan, Search]:
         """The plan for the model as it is now; ``joined``: why places of layers could not be taken apart."""
+        found = references(self.model)
         try:
-            with standing_in(self.model, refused_outright) as lifted:
-                return self._search(lifted, joined)
-        except FixedArgument:  # a functional norm is called with optional arguments on example_inputs
-            return self._search({}, joined)
+            with standing_in(found, refused_outright) as lifted:
+                return self._search(references(self.model) if lifted else found, lifted, joined)
+        except FixedArgument as error:
+            return self._search(found, {}, joined, f"example_inputs call its forward with optional arguments: {error}")
 
-    def _search(self, lifted: Mapping[str, Site], joined: Mapping[int, str] | None) -> tuple[Plan, Search]:
+    def _search(
+        self,
+        found: dict[int, Reference],
+        lifted: Mapping[str, Site],
+        joined: Mapping[int, str] | None,
+        unlifted: str = "the module that holds its tensors has hooks or other names",
+    ) -> tuple[Plan, Search]:
         model = self.model
-        found = references(model)
         flow = Dataflow(model, found, self.example_inputs)
         sites = [
             replace(lifted[site.name], evidence=site.evidence) if site.name in lifted else site
@@ -78,6 +84,7 @@ class _Request:
         plan = Plan(model, "fold", [], [], (), apply_fold)
         search = Search(flow, found, self.options, joined)
         search.own(sites)
+        search.unlifted = unlifted
         chosen: list[Site] = []
         for site in sites:
             reason = excluded(site, self.where, self.skip) or search.refuses(site)

@@ -24,11 +24,11 @@ GENERATED = "its forward is generated from a trace: Python branches and optional
 
 
 @contextmanager
-def standing_in(model: nn.Module, refuses: Callable[[Site], str | None]) -> Iterator[dict[str, Site]]:
+def standing_in(found: dict[int, Reference], refuses: Callable[[Site], str | None]) -> Iterator[dict[str, Site]]:
     """Within it, the functional norms that may fold are modules; given are their sites by name, for what they were.
 
-    ``refuses`` says why a norm is out of the question before anything around it is looked at."""
-    found = references(model)
+    ``found``: the ``references(model)``; ``refuses`` says why a norm is out of the question before anything around it
+    is looked at."""
     owners: dict[int, tuple[Forward, dict[str, nn.Module]]] = {}
     sites: dict[str, Site] = {}
     for site in functional_sites(found):

@@ -59,6 +59,8 @@ class Search:
         self.options = options
         self.joined = joined or {}
         """Why places of a layer, by its ``id``, could not be taken apart."""
+        self.unlifted = ""
+        """Why a functional norm that is none of a module's may not be taken for one."""
         self.shared: set[int] = set()
         """Layers that the attempt at hand found shared."""
         self.blocked: dict[int, set[int]] = {}
@@ -91,7 +93,7 @@ class Search:
         assert norm is not None
         if site.call is not None:
             if site.owner is None:
-                return "the module that holds its tensors has hooks or other names"
+                return self.unlifted
             if (reason := self._needed_by_others(site)) is not None:
                 return reason
         if watched(site.module):

@@ -271,6 +271,9 @@ class _Together:
         self.users: dict[tuple[int, Need], str] = {}
         """The first place where a layer absorbs something."""
         self.dropped: set[str] = set()
+        """Copies for calls that are not made."""
+        self.merged: dict[str, str] = {}
+        """Slots that get, or keep, the object of another."""
         self.steps: list[Copied | Calls] = []
 
     def run(self) -> Unsharing:
@@ -282,13 +285,16 @@ class _Together:
         for step in self.taken.steps:
             if isinstance(step, Copied):
                 self._slot(step, siblings.setdefault(step.of, [step.of]))
-            elif not self._gone(step.module):
+            elif self._kept(step.module) == step.module:
                 self._split(step)
         untied = [name for name in self.taken.untied if self.needs.get(name.rpartition(".")[0])]
         return Unsharing(tuple(self.steps), tuple(untied))
 
-    def _gone(self, path: str) -> bool:
-        return any(inside(path, name) for name in self.dropped)
+    def _kept(self, path: str) -> str | None:
+        """The name by which a place is known once slots are merged; ``None`` for one in a copy that is not made."""
+        while (slot := next((name for name in self.merged if inside(path, name)), None)) is not None:
+            path = self.merged[slot] + path[len(slot) :]
+        return None if any(inside(path, name) for name in self.dropped) else path
 
     def _within(self, name: str) -> dict[str, Need]:
         return {inner: self.needs.get(path, ()) for inner, path in self.taken.within(name).items()}
@@ -299,7 +305,7 @@ class _Together:
             siblings.append(step.name)
             self.steps.append(self._made(step))
             return
-        self.dropped.add(step.name)
+        self.merged[step.name] = same
         if same != step.of:
             self.steps.append(Copied(step.name, same, {}))
 
@@ -327,7 +333,8 @@ class _Together:
         start = max((i + 1 for i, (name, _) in enumerate(self.made) if name in later), default=0)
         names = [step.module]
         for copied, of in self.made[start:]:
-            names += [copied + name[len(of) :] for name in list(names) if inside(name, of)]
+            source = self._kept(of)
+            names += [copied + name[len(source) :] for name in list(names) if source and inside(name, source)]
         return names
 
     def _alike(self, objects: Iterable[str], name: str, other: str) -> bool:
@@ -337,7 +344,7 @@ class _Together:
         """The copy with the layers that it needs for itself, and those that others have already."""
         layers: dict[str, str] = {}
         for inner in step.layers:
-            if self._gone(joined(step.of, inner)):
+            if self._kept(joined(step.of, inner)) is None:
                 continue
             path = joined(step.name, inner)
             user = self.users.setdefault((self.taken.layers[path], self.needs.get(path, ())), path)
