@@ -479,7 +479,6 @@ class TestFold:
         (site,) = json.loads(run("inspect", out, "--json", model="lonely").stdout)["sites"]
         assert (site["name"], site["kind"]) == ("0", left)
 
-
     def test_unshared_layers_load_again(self, run: Callable[..., Result], tmp_path: Path) -> None:
         out = tmp_path / "folded.pt"
         flags = ("fold", "--input", "2x3x6x6", "--json", "-o", out, "--unshare")

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import normswap
 from normswap.engine import folding
+import tests.zoo.schemas  # noqa: F401  before torchvision
 from tests.support import DOUBLE, batch_norms_run, check_copies, check_fold, distance, only, picture, randomise, sample
 
 IMAGE = (2, 4, 5, 5)
@@ -339,6 +340,15 @@ def test_a_head_in_a_loop_over_a_list_cannot_be_traced() -> None:
     plan, _ = checked(made(Loop()), levels)
     assert plan.unsharing is None
     assert all("cannot be traced" in change.notes[0] for change in plan.changes)
+
+
+def test_a_torchvision_head_shares_its_norms_too_and_needs_no_copies() -> None:
+    from torchvision.models.detection.retinanet import RetinaNetClassificationHead
+
+    model = made(RetinaNetClassificationHead(4, 1, 2, norm_layer=nn.BatchNorm2d))
+    plan, folded = checked(model, [sample(1, 4, size, size) for size in (8, 4)])
+    assert [change.into for change in plan.changes] == [(f"conv.{index}.0",) for index in range(4)]
+    assert plan.unsharing is None
 
 
 # --- kinds of modules -----------------------------------------------------------------------------------------------
