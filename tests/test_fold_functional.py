@@ -398,20 +398,20 @@ def test_not_finite() -> None:
     left(model, "not finite")
 
 
-def test_a_layer_that_shares_its_bias_with_a_kept_norm() -> None:
+def test_a_layer_whose_bias_a_kept_norm_uses() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return norm(self, F.relu(self.after_norm(self.before(x))))
+        x = F.relu(self.module_norm(self.layer(x)))
+        return F.batch_norm(x, self.mean, self.running_var, self.weight, self.layer.bias)
 
-    class Tied(Tensors):
+    class Model(Tensors):
         def __init__(self) -> None:
             super().__init__()
-            self.before = nn.Conv2d(4, 6, 1)
-            self.before.bias = self.bias
-            self.after_norm = nn.BatchNorm2d(6)
+            self.layer, self.module_norm = nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
 
-    plan, _ = checked(made(forward, Tied), keep_batchnorm=True)
+    plan, _ = checked(made(forward, Model), keep_batchnorm=True)
     reasons = {skip.name: skip.reason for skip in plan.skips}
-    assert "before shares its weight with" in reasons["after_norm"]
+    assert "layer shares its weight with batch_norm" in reasons["module_norm"]
+    assert "relu stands between" in reasons["batch_norm"]
 
 
 def test_an_error_while_it_is_made_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

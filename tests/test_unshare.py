@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import normswap
-from normswap.engine import folding
 import tests.zoo.schemas  # noqa: F401  before torchvision
+from normswap.engine import folding
+from normswap.graph.separate import Copied, Unsharing, separate
 from tests.support import DOUBLE, batch_norms_run, check_copies, check_fold, distance, only, picture, randomise, sample
 
 IMAGE = (2, 4, 5, 5)
@@ -346,7 +347,7 @@ def test_a_torchvision_head_shares_its_norms_too_and_needs_no_copies() -> None:
     from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
     model = made(RetinaNetClassificationHead(4, 1, 2, norm_layer=nn.BatchNorm2d))
-    plan, folded = checked(model, [sample(1, 4, size, size) for size in (8, 4)])
+    plan, _ = checked(model, [sample(1, 4, size, size) for size in (8, 4)])
     assert [change.into for change in plan.changes] == [(f"conv.{index}.0",) for index in range(4)]
     assert plan.unsharing is None
 
@@ -427,6 +428,19 @@ def test_what_a_layer_is_carried_to_its_copy() -> None:
     assert folded.conv_1.weight.requires_grad is False
     assert folded.conv_1.weight.stride() == folded.conv.weight.stride()
     assert folded.conv_1.training is False
+
+
+def test_a_copy_has_memory_of_its_own_and_one_for_a_look_has_not() -> None:
+    layer = conv()
+    model = nn.Sequential(layer, layer)
+    before = picture(model)
+    for own_memory in (True, False):
+        undo = separate(model, Unsharing((Copied("1", "0", {"": "1"}),)), own_memory=own_memory)
+        assert model[1] is not layer
+        assert model[1].weight is not layer.weight
+        assert (model[1].weight.data_ptr() == layer.weight.data_ptr()) is not own_memory
+        undo()
+        assert before.differences(model) == []
 
 
 # --- ties -----------------------------------------------------------------------------------------------------------
