@@ -285,6 +285,9 @@ def fold(
     keep_batchnorm: Annotated[
         bool, typer.Option("--keep-batchnorm", help="Leave what no layer absorbs, instead of a multiply-add.")
     ] = False,
+    unshare: Annotated[
+        bool, typer.Option("--unshare", help="Copy layers that several places share, one for each norm they meet.")
+    ] = False,
     key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
@@ -299,7 +302,11 @@ def fold(
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with _working("planning"):
         plan = engine.plan_fold(
-            source.model, example_inputs=example, keep_batchnorm=keep_batchnorm, **_selectors(where, skip, kind)
+            source.model,
+            example_inputs=example,
+            keep_batchnorm=keep_batchnorm,
+            unshare=unshare,
+            **_selectors(where, skip, kind),
         )
     _check_kinds(plan, kind)
     check_on = None if verify is False else example

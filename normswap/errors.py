@@ -14,3 +14,7 @@ class Refusal(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class FixedArgument(NormswapError):
+    """A generated ``forward`` was called with another value of an optional argument than the one it holds for."""

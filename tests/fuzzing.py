@@ -320,7 +320,7 @@ def check(seed: int) -> Tally:
     for example in (None, (inputs(model, seed + 1, 3),)):
         plan = normswap.plan_fold(model, example_inputs=example)
         folded = plan.apply()
-        assert type(folded) is type(model)
+        assert isinstance(folded, type(model))
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "input changed"
         listed = {n for entry in (*plan.changes, *plan.skips) for n in (entry.name, *entry.aliases)}
         norms = {name for name, m in model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)}

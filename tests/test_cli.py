@@ -62,6 +62,23 @@ def lonely():
     return model
 
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.b(self.conv(torch.relu(self.a(self.conv(x)))))
+
+
+def shared():
+    torch.manual_seed(0)
+    model = Shared().eval()
+    for norm in (model.a, model.b):
+        nn.init.normal_(norm.running_mean)
+    return model
+
+
 def chatty():
     print("building")
     return Net()
@@ -461,6 +478,15 @@ class TestFold:
         run("fold", "--input", "2x3x6x6", "-o", out, *flags, model="lonely")
         (site,) = json.loads(run("inspect", out, "--json", model="lonely").stdout)["sites"]
         assert (site["name"], site["kind"]) == ("0", left)
+
+    def test_unshared_layers_load_again(self, run: Callable[..., Result], tmp_path: Path) -> None:
+        out = tmp_path / "folded.pt"
+        flags = ("fold", "--input", "2x3x6x6", "--json", "-o", out, "--unshare")
+        record = json.loads(run(*flags, model="shared").stdout)
+        assert record["verification"]
+        assert record["plan"]["new_bytes"] == (9 + 3) * 4
+        assert run("inspect", out, model="shared").stdout == "no normalization found\n"
+        assert "conv_1.weight" in torch.load(out, weights_only=True)
 
 
 class TestExportAndVerify:

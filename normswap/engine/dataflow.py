@@ -6,7 +6,7 @@ which counts the real calls; without one, by the code of the modules around it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -111,6 +111,14 @@ class Dataflow:
         """The calls of a module in all regions."""
         return self.calls.get(id(module), [])
 
+    def may_run(self, module: nn.Module) -> bool:
+        """Whether anything calls a module, or could where no graph looks."""
+        if self.sites(module):
+            return True
+        if self.observation is not None:
+            return id(module) in self.observation.modules
+        return any(self._uncovered(name) for name in self.references[id(module)].names)
+
     def unsettled(self, module: nn.Module) -> str | None:
         """Why the calls of a module in the graphs may not be all of its calls, or ``None``."""
         places = self.sites(module)
@@ -136,15 +144,16 @@ class Dataflow:
                 return f"it is {name} too, which no traced code calls; pass example_inputs to count its calls"
         return None
 
-    def read_in_doubt(self, module: nn.Module) -> str | None:
-        """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument."""
+    def read_in_doubt(self, module: nn.Module, names: Set[str] = frozenset()) -> str | None:
+        """Why code above a module that cannot be traced may read its tensors through a loop variable or an argument;
+        ``names``: of tensors besides the usual ones."""
         for reference in self.opaque:
             above = reference.name
             if not any(_below(name, above) for name in self.references[id(module)].names):
                 continue
             found = reach(reference.module)
             holder = above or "the model"
-            if read := _TENSORS & found.foreign:
+            if read := (_TENSORS | names) & found.foreign:
                 return f"the code of {holder} cannot be traced and reads the {sorted(read)[0]} of some module"
             if self.observation is None and (tricks := found.tricks & _READS_ANY):
                 return f"the code of {holder} cannot be traced and uses {sorted(tricks)[0]}; pass example_inputs"

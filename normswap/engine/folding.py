@@ -10,23 +10,25 @@ from torch import nn
 
 from normswap import registry
 from normswap.engine.carry import carry
+from normswap.engine.lifting import Lifts
 from normswap.engine.plan import Change
 from normswap.errors import NormswapError
 from normswap.fold import layers
 from normswap.graph.references import Reference, references
+from normswap.graph.separate import Unsharing, separate
 from normswap.norms.affine import ChannelAffine
 
 
 def apply_fold(
-    model: nn.Module, changes: Sequence[Change], undoable: bool = True
+    model: nn.Module, changes: Sequence[Change], undoable: bool = True, unsharing: Unsharing | None = None
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Make the folds in place; returns the model and what undoes them, bit for bit.
 
     An error undoes what was done: all of it, or, with ``undoable=False``, which keeps no old weights, the norm at hand.
-    Either way the model computes what it did."""
-    found = references(model)
-    by_name = {name: reference for reference in found.values() for name in reference.names}
-    undo: list[Callable[[], None]] = []
+    Either way the model computes what it did. Where functional norms are among the changes, old weights are kept until
+    the end: the calls leave their forwards together. ``unsharing`` is made first."""
+    functional = any(change.functional for change in changes)
+    undo: list[Callable[[], None]] = [separate(model, unsharing)] if unsharing else []
 
     def back() -> None:
         while undo:
@@ -34,24 +36,30 @@ def apply_fold(
 
     root = model
     try:
+        lifts = Lifts(model, functional)
+        by_name = {name: reference for reference in references(model).values() for name in reference.names}
         awaited: set[str] = set()  # norms that must change too before the model computes what it did
         for change in sorted(changes, key=lambda change: 0 if change.fold is None else change.fold.order):
-            if not undoable and not awaited:
+            if not undoable and not awaited and not functional:
                 undo.clear()
-            built = _apply_one(change, by_name, undo)
+            built = _apply_one(change, by_name, lifts, undo)
             steps = [] if change.fold is None else change.fold.steps
             awaited = (awaited | {step.name for step in steps if step.layer is None}) - {change.name}
-            if by_name[change.name].module is model:
+            if built is not None and by_name[change.name].module is model:
                 root = built
+        lifts.make(undo)
     except BaseException:
         back()
         raise
     return root, back
 
 
-def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callable[[], None]]) -> nn.Module:
+def _apply_one(
+    change: Change, by_name: dict[str, Reference], lifts: Lifts, undo: list[Callable[[], None]]
+) -> nn.Module | None:
+    """The module that stands where the norm stood; ``None`` for a functional norm."""
     reference = by_name.get(change.name)
-    if reference is None or change.fold is None:
+    if change.fold is None or (reference is None and not change.functional):
         raise NormswapError(f"the model has no module {change.name!r}, which the plan folds")
     for step in change.fold.steps:
         if step.layer is None:
@@ -62,8 +70,12 @@ def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callabl
             raise NormswapError(
                 f"{change.name} into {step.name}: {error}; leave it out with skip={change.name!r}"
             ) from error
+    if change.functional:
+        lifts.put(change, None if change.fold.left is None else _left(change))
+        return None
+    assert reference is not None
     old = reference.module
-    built = _left(change, old)
+    built = _left(change)
     hand_over = carry(old, built, registry.read(old))
     for slot in reference.slots:
         slot.put(built)
@@ -72,7 +84,7 @@ def _apply_one(change: Change, by_name: dict[str, Reference], undo: list[Callabl
     return built
 
 
-def _left(change: Change, old: nn.Module) -> nn.Module:
+def _left(change: Change) -> nn.Module:
     """What stands where the norm stood: nothing, or a multiply-add."""
     assert change.fold is not None
     affine = change.fold.left

@@ -18,6 +18,7 @@ from normswap.engine.optimizer import Remapped, remap
 from normswap.errors import NormswapError
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
+from normswap.graph.separate import Unsharing
 from normswap.spec import Exactness, Norm
 from normswap.version import __version__
 
@@ -155,6 +156,10 @@ class Plan:
     notes: tuple[str, ...] = ()
     apply_changes: Apply | None = field(default=None, repr=False)
     applied: Applied | None = field(default=None, repr=False)
+    unsharing: Unsharing | None = None
+    """The copies of shared layers that a fold makes first."""
+    new_bytes: int = 0
+    """The memory of their parameters."""
 
     def apply(self, inplace: bool = False, *, undoable: bool = True) -> nn.Module:
         """Make the changes and return the model: a deep copy, or the model itself with ``inplace=True``.
@@ -199,11 +204,13 @@ class Plan:
     @property
     def recipe(self) -> dict[str, Any]:
         """The changes as JSON-able data, for :func:`normswap.apply_recipe` on a fresh model."""
+        unshare = {"unshare": self.unsharing.to_dict()} if self.unsharing else {}
         return {
             "format": RECIPE_VERSION,
             "normswap": __version__,
             "torch": str(torch.__version__),
             "operation": self.operation,
+            **unshare,
             "steps": [change.step() for change in self.changes],
         }
 
@@ -213,6 +220,7 @@ class Plan:
             "changes": [change.to_dict() for change in self.changes],
             "skips": [skip.to_dict() for skip in self.skips],
             "notes": list(self.notes),
+            **({"new_bytes": self.new_bytes} if self.unsharing else {}),
             "recipe": self.recipe,
         }
 

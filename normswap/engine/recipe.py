@@ -17,6 +17,7 @@ from normswap.engine.plan import RECIPE_VERSION, Change
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
 from normswap.graph.references import references
+from normswap.graph.separate import Unsharing
 from normswap.spec import exactness
 
 
@@ -29,7 +30,8 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool =
     steps = _steps(recipe)
     target = model if inplace else copy_model(model)
     if recipe.get("operation") == "fold":
-        return replay(target, steps)
+        unshare = recipe.get("unshare")
+        return replay(target, steps, None if unshare is None else Unsharing.from_dict(unshare))
     sites = {name: site for site in survey(references(target)) for name in (site.name, *site.aliases)}
     changes = [_change(step, sites) for step in steps]
     return apply_changes(target, changes)[0]

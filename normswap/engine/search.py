@@ -6,7 +6,7 @@ single use, every call site of a layer, every user of its parameters, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from normswap import registry
+from normswap.engine import lifting
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Skip, Step
 from normswap.engine.sites import Site
+from normswap.errors import FixedArgument
 from normswap.fold import layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
@@ -34,6 +36,8 @@ class Options:
 
     keep_batchnorm: bool = False
     """A norm that no layer absorbs stays as it is."""
+    unshare: bool = False
+    """Layers that several places call get a copy for each need."""
 
 
 @dataclass
@@ -49,9 +53,19 @@ class Trial:
 class Search:
     """Finds, norm by norm in dataflow order, which layers absorb it."""
 
-    def __init__(self, flow: Dataflow, found: dict[int, Any], options: Options) -> None:
+    def __init__(
+        self, flow: Dataflow, found: dict[int, Any], options: Options, joined: Mapping[int, str] | None = None
+    ) -> None:
         self.flow = flow
         self.options = options
+        self.joined = joined or {}
+        """Why places of a layer, by its ``id``, could not be taken apart."""
+        self.unlifted = ""
+        """Why a functional norm that is none of a module's may not be taken for one."""
+        self.shared: set[int] = set()
+        """Layers that the attempt at hand found shared."""
+        self.blocked: dict[int, set[int]] = {}
+        """Layers whose being shared is in the way of a norm, by its key."""
         self.references = found
         self.owners: dict[int, list[nn.Module]] = {}
         for reference in found.values():
@@ -64,27 +78,25 @@ class Search:
         self.folds: dict[int, Fold] = {}
         self.reasons: dict[int, str] = {}
         self.layer_reasons: dict[int, str | None] = {}
+        self.tied: set[int] = set()
         self.overwrites: dict[int, Overwrites] = {}
         self.biased: set[int] = set()
         """Layers without a bias that get one."""
 
     def key(self, site: Site) -> int:
-        return id(site.module) if site.call is None else id(site.call)
+        return id(site.module)
 
     def refuses(self, site: Site) -> str | None:
         """Why a norm is out of the question, whatever stands around it."""
+        if (reason := refused_outright(site)) is not None:
+            return reason
         norm = site.norm
-        if site.reason is not None or norm is None:
-            return site.reason
-        if norm.has_statistics and site.module.training and not norm.fixed:
-            return "it is in train mode, where it uses the batch's statistics; call eval() on it"
-        affine = scale_shift(norm)
-        if affine is None:
-            return f"{norm.kind} computes its statistics from each input"
-        if affine[0].is_meta:
-            return "it is on the meta device: there are no values to fold"
+        assert norm is not None
         if site.call is not None:
-            return "functional norm: convert it to frozen first (convert(model, 'frozen')), then fold"
+            if site.owner is None:
+                return self.unlifted
+            if (reason := self._needed_by_others(site)) is not None:
+                return reason
         if watched(site.module):
             return "it has forward or backward hooks, which fold would take away"
         if parametrize.is_parametrized(site.module):
@@ -99,11 +111,33 @@ class Search:
                 return f"the code around it also reads its {field_name} directly"
         if (reason := self.flow.read_in_doubt(site.module) or self.flow.asked_for(site.module)) is not None:
             return reason
-        own = Affine(*affine)
-        if not own.finite:
+        pair = scale_shift(norm)
+        own = None if pair is None else Affine(*pair)
+        if own is None or not own.finite:
             return "its statistics are not finite, or a variance is negative"
         self.affines[self.key(site)] = own
         return None
+
+    def _needed_by_others(self, site: Site) -> str | None:
+        """Why a functional norm's tensors, or the class of the module that calls it, must stay."""
+        assert site.owner is not None
+        if (reason := lifting.tensors_needed(site)) is not None:
+            return reason
+        if registry.registered(site.owner) and (reason := self.flow.asked_for(site.owner)) is not None:
+            return reason
+        if any(id(buffer) in self.flow.tensor_reads for buffer in site.module.buffers()):
+            return "the code around it also reads its tensors directly"
+        failed = self.flow.failed.get(self.references[id(site.owner)].name, "")
+        if failed.startswith(FixedArgument.__name__):
+            return f"it is called with optional arguments, which a generated forward does not take ({failed})"
+        return self.flow.read_in_doubt(site.owner, lifting.attributes(site))
+
+    def own(self, sites: Iterable[Site]) -> None:
+        """Functional norms that stay keep reading their tensors, which then are shared with a layer that has them."""
+        for site in sites:
+            if site.owner is not None and site.norm is not None:
+                for tensor in site.norm.tensors.values():
+                    self.owners.setdefault(id(tensor), []).append(site.module)
 
     def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
         ordered = self._in_order(chosen)
@@ -126,6 +160,7 @@ class Search:
 
     def _attempt(self, site: Site, direction: Callable[[Site, Trial], str | None]) -> None:
         trial = Trial()
+        self.shared = self.blocked.setdefault(self.key(site), set())
         reason = self.flow.unsettled(site.module) or direction(site, trial) or self._incomplete(trial)
         reason = reason or self._relaid(site)
         key = self.key(site)
@@ -161,11 +196,28 @@ class Search:
             sites = self.flow.calls.get(identity, [])
             if len(nodes) != len(sites):
                 name = self.references[identity].name
+                self.shared.add(identity)
                 when = next(flow.region.when for flow, node in sites if node not in nodes)
                 if when:
                     return f"{when}, {name} does not lead to this norm alone"
-                return f"{name} is called at {len(sites)} sites and only {len(nodes)} of them lead to this norm"
+                told = f"{name} is called at {len(sites)} sites and only {len(nodes)} of them lead to this norm"
+                return f"{told}{self._way_out(identity)}"
         return None
+
+    def _way_out(self, identity: int) -> str:
+        """What ``unshare`` could do about a shared layer, or why it could not."""
+        if not isinstance(layers.describe(self.references[identity].module), Layer):
+            return ""
+        if self.options.unshare:
+            reason = self.joined.get(identity)
+            return "" if reason is None else f" (unshare: {reason})"
+        return "; unshare=True gives it a copy for each need"
+
+    def blocking(self) -> dict[int, nn.Module]:
+        """The layers, by ``id``, whose being shared is in the way of a norm that was not folded."""
+        stay = (shared for key, shared in self.blocked.items() if key not in self.gone)
+        found = {identity: self.references[identity].module for identity in set().union(*stay)}
+        return {identity: m for identity, m in found.items() if isinstance(layers.describe(m), Layer)}
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
@@ -327,6 +379,9 @@ class Search:
         if affine.channels != channels:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
         if (reason := self._unfit(module)) is not None:
+            places = max(len(self.references[id(module)].names), len(self.flow.sites(module)))
+            if id(module) in self.tied or places > 1:
+                self.shared.add(id(module))
             return reason
         if layers.may_overflow(module, affine):
             dtype = str(module.weight.dtype).removeprefix("torch.")
@@ -340,7 +395,9 @@ class Search:
         key: tuple[int, Side] = (id(module), side)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):
-                return f"{self.references[id(module)].name} is called at several sites with different norms"
+                self.shared.add(id(module))
+                name = self.references[id(module)].name
+                return f"{name} is called at several sites with different norms{self._way_out(id(module))}"
         else:
             trial.absorbs[key] = (module, layer, affine)
         trial.reached.setdefault(id(module), set()).add(node)
@@ -363,7 +420,8 @@ class Search:
             owners = self.owners.get(id(parameter), [])
             if len(owners) > 1:
                 others = [self.references[id(o)].name for o in owners if o is not module] or [name]
-                return f"{name} shares its weight with {others[0]}"
+                self.tied.add(id(module))
+                return f"{name} shares its weight with {others[0]}{self._way_out(id(module))}"
             if id(parameter) in self.flow.tensor_reads:
                 return f"the weight of {name} is also read directly"
             if parameter.is_meta:
@@ -387,10 +445,12 @@ class Search:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = Norm(kind="identity", channels=norm.channels, pools=frozenset(), momentum=None, then=norm.then)
+            common |= {"notes": lifting.notes(site), "functional": site.functional}
             return Change(site.name, norm, target, "exact", "identity", into=into, fold=record, **common)
         reason = self.reasons[key]
         if self.options.keep_batchnorm:
             return Skip(site.name, reason, norm, site.label, **common)
+        common["functional"] = site.functional
         affine = self.affines[key]
         target = Norm(kind="affine", channels=norm.channels, eps=None, momentum=None, then=norm.then)
         return Change(
@@ -399,10 +459,25 @@ class Search:
             target,
             "exact",
             "affine",
-            notes=(reason,),
+            notes=(reason, *lifting.notes(site)),
             fold=Fold(left=affine, order=len(self.affines)),
             **common,
         )
+
+
+def refused_outright(site: Site) -> str | None:
+    """Why a norm is out of the question by itself."""
+    norm = site.norm
+    if site.reason is not None or norm is None:
+        return site.reason or "it is not known what it computes"
+    if norm.has_statistics and site.module.training and not norm.fixed:
+        return "it is in train mode, where it uses the batch's statistics; call eval() on it"
+    affine = scale_shift(norm)
+    if affine is None:
+        return f"{norm.kind} computes its statistics from each input"
+    if affine[0].is_meta:
+        return "it is on the meta device: there are no values to fold"
+    return None
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -39,6 +39,8 @@ class Site:
     forward: Forward | None = field(default=None, repr=False)
     call: Call | None = field(default=None, repr=False)
     parents: tuple[nn.Module, ...] = field(default=(), repr=False)
+    owner: nn.Module | None = field(default=None, repr=False)
+    """While a fold is planned: the module whose ``forward`` calls the functional norm that ``module`` stands in for."""
 
     @property
     def functional(self) -> bool:
@@ -84,6 +86,12 @@ def survey(found: dict[int, Reference], observation: Observation | None = None) 
     if observation is not None:
         _observed(sites, found, observation)
     return sites
+
+
+def functional_sites(found: dict[int, Reference]) -> list[Site]:
+    """The functional norms alone, in module order."""
+    sites = [site for r in found.values() if reach(r.module).functions for site in _of_reference(r)]
+    return [site for site in sites if site.call is not None]
 
 
 def _of_reference(reference: Reference) -> list[Site]:

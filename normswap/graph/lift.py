@@ -1,14 +1,14 @@
 """Functional norms become modules, in the one module whose own ``forward`` calls them.
 
 That ``forward`` is traced with every child as a leaf, once in train and once in eval mode; the norm calls are read from
-the graphs. Lifting puts a module where each call was and gives the object a ``forward`` generated from the two graphs.
-The object itself stays: its children, other parameters, hooks and aliases are untouched, and its class becomes a
-subclass of the user's (of ``nn.Module`` where the user's class is itself a norm, which it no longer computes). A
-``GraphModule`` has its graph edited."""
+the graphs. Lifting puts a module, or nothing, where each call was and gives the object a ``forward`` generated from the
+two graphs. The object itself stays: its children, other parameters, hooks and aliases are untouched, and its class
+becomes a subclass of the user's (of ``nn.Module`` where the user's class is itself a norm, which it no longer
+computes). A ``GraphModule`` has its graph edited."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -126,6 +126,8 @@ def _read(module: nn.Module, nodes: dict[bool, fx.Node], paths: dict[str, str]) 
     if is_other(node.target):
         raise Refusal(f"{_label(node)} returns its statistics too, which the code around it uses")
     signature, given = arguments(node.target, node.args, node.kwargs)
+    if signature.family in ("batch", "instance", "group") and _is_weight(given["input"]):
+        raise Refusal("it normalizes a weight, not an activation")
     _, train = arguments(node.target, nodes[True].args, nodes[True].kwargs)
     tensors: dict[str, Tensor | None] = {}
     for name in _TENSORS:
@@ -141,6 +143,18 @@ def _read(module: nn.Module, nodes: dict[bool, fx.Node], paths: dict[str, str]) 
     if isinstance(train.get("momentum"), fx.Node):
         raise Refusal("its momentum is computed in the forward")
     return _norm(signature.family, given, train, tensors)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether a value is computed from the module's own tensors alone, as a weight-standardising layer does."""
+    pending, seen = [value], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node.op in ("placeholder", "call_module"):
+            return False
+        seen.add(node)
+        pending.extend(source for source in node.all_input_nodes if source not in seen)
+    return any(node.op == "get_attr" for node in seen)
 
 
 def _norm(family: str, given: dict[str, Any], train: dict[str, Any], tensors: dict[str, Tensor | None]) -> Norm:
@@ -188,50 +202,67 @@ def _tensor(module: nn.Module, value: Any, name: str, paths: dict[str, str]) -> 
     return tensor
 
 
-def lift(forward: Forward, replacements: dict[str, nn.Module]) -> Callable[[], None]:
-    """Put modules where functional norms were, by the calls' names. Changes the module; returns what undoes it."""
+def lift(
+    forward: Forward, replacements: Mapping[str, nn.Module | None], *, keep_tensors: bool = False
+) -> Callable[[], None]:
+    """Put modules where functional norms were, by the calls' names; with ``None`` the call vanishes.
+
+    The tensors of the norms leave the module unless something else in the forward reads them, or with ``keep_tensors``.
+    Changes the module; returns what undoes it."""
     module = forward.module
     before = Before(module)
     try:
-        _lift(forward, replacements)
+        _lift(forward, replacements, keep_tensors)
     except BaseException:
         before.restore()
         raise
     return before.restore
 
 
-def _lift(forward: Forward, replacements: dict[str, nn.Module]) -> None:
+def _lift(forward: Forward, replacements: Mapping[str, nn.Module | None], keep_tensors: bool) -> None:
     module = forward.module
     calls = [call for call in forward.calls if call.name in replacements]
     graphs = copied_graphs(forward)
     for mode, graph in graphs.items():
         nodes = {node.name: node for node in graph.nodes}
         for call in calls:
-            _replace(graph, nodes[call.nodes[mode].name], call.name)
+            _replace(graph, nodes[call.nodes[mode].name], None if replacements[call.name] is None else call.name)
         _drop_counters(graph, None if not isinstance(module, fx.GraphModule) else {call.name for call in calls})
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
-    used = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
-    for path in {path for call in calls for path in call.paths.values() if call.holder or "." not in path} - used:
-        _forget(module, path)
+    if not keep_tensors:
+        _forget_tensors(module, calls, graphs)
     for call in calls:
         parent, _, attribute = call.name.rpartition(".")
-        module.get_submodule(parent).add_module(attribute, replacements[call.name])
-    if not isinstance(module, fx.GraphModule) and not any("num_batches_tracked" in path for path in used):
-        _forget(module, "num_batches_tracked")
+        put = replacements[call.name]
+        if put is not None or call.holder is not None:
+            module.get_submodule(parent).add_module(attribute, nn.Identity() if put is None else put)
     install(module, graphs, nn.Module if registry.registered(module) else type(module))
     if isinstance(module, fx.GraphModule):
         return
-    module.lifted_norms = tuple(call.name for call in calls)  # type: ignore[assignment]
+    lifted = tuple(call.name for call in calls if replacements[call.name] is not None)
+    module.lifted_norms = lifted  # type: ignore[assignment]
 
 
-def _replace(graph: fx.Graph, node: fx.Node, name: str) -> None:
+def _forget_tensors(module: nn.Module, calls: Iterable[Call], graphs: dict[bool, fx.Graph]) -> None:
+    """Take the norms' tensors off the module, those that its graphs still read excepted."""
+    used = {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == "get_attr"}
+    for path in {path for call in calls for path in call.paths.values() if call.holder or "." not in path} - used:
+        _forget(module, path)
+    if not isinstance(module, fx.GraphModule) and not any("num_batches_tracked" in path for path in used):
+        _forget(module, "num_batches_tracked")
+
+
+def _replace(graph: fx.Graph, node: fx.Node, name: str | None) -> None:
     _, given = arguments(node.target, node.args, node.kwargs)
-    with graph.inserting_before(node):
-        new = graph.call_module(name, (given["input"],))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
+    if name is None:
+        node.replace_all_uses_with(given["input"])
+    else:
+        with graph.inserting_before(node):
+            new = graph.call_module(name, (given["input"],))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 

@@ -183,7 +183,8 @@ def _of_code(
         if isinstance(constant, types.CodeType):
             found.update(_of_code(constant, names, cells, cls, seen, depth))
     used = set(code.co_names)
-    if used & _LOOKS_AT:
+    generated = code.co_filename.startswith("<eval_with_key>")  # by FX, in which getattr only names a child
+    if used & _LOOKS_AT and not generated:
         found.asked |= {text for constant in code.co_consts for text in _texts(constant)}
     found.tricks |= used & (_BY_NAME | _ALL_MODULES)
     if used & _ALL_TENSORS and "next" not in used:  # next(self.parameters()).device is common and harmless
@@ -200,7 +201,7 @@ def _of_code(
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             current, child = names.get(value, getattr(builtins, value, None)), None
             super_pending = super_pending or current is super
-            if current is getattr and this is not None:  # a method may be chosen by name
+            if current is getattr and this is not None and not generated:  # a method may be chosen by name
                 for method in _all_methods(cls):
                     found.update(_of_value(method, cls, seen, depth - 1))
                 _note_getattr(found, instructions[index + 1 : index + 4], this)

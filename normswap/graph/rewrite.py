@@ -10,6 +10,7 @@ import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import count
 from typing import Any
 
@@ -98,16 +99,19 @@ def install(module: nn.Module, graphs: dict[bool, fx.Graph], base: type[nn.Modul
 
 
 class Before:
-    """A module's class, tables and graph, and those of its submodules that hold a norm's tensors."""
+    """The class, tables and graph of a module and of its submodules."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.graph = module.graph if isinstance(module, fx.GraphModule) else None
+        self.graphs = [(m, m.graph) for m in module.modules() if isinstance(m, fx.GraphModule)]
         tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.saved = [
             (m, m.__class__, dict(vars(m)), {t: copy.copy(vars(m)[t]) for t in tables}) for m in module.modules()
         ]
 
     def restore(self) -> None:
+        for edited, graph in self.graphs:
+            if edited.graph is not graph:
+                edited.graph = graph  # compiles the forward anew
         for module, cls, attributes, tables in self.saved:
             module.__class__ = cls
             vars(module).clear()
@@ -116,9 +120,6 @@ class Before:
                 current = vars(module)[name]
                 current.clear()
                 current.update(table)
-        if self.graph is not None:
-            root: Any = self.saved[0][0]
-            root.graph = self.graph
 
 
 Source = tuple[str, str]
@@ -161,6 +162,7 @@ def _lifted_class(base: type[nn.Module], sources: tuple[Source, ...]) -> type[nn
         members["forward"] = evaluation
     else:
 
+        @wraps(evaluation)  # its signature, without which the forward could not be traced again
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (train if self.training else evaluation)(self, *args, **kwargs)
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from normswap import registry
-from normswap.errors import NormswapError, Refusal
+from normswap.errors import FixedArgument, Refusal
 from normswap.graph.state import unmarked
 
 LINEAR_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)
@@ -231,13 +231,12 @@ def _literal(value: Any) -> bool:
 
 def check_default(given: Any, default: Any, name: str) -> None:
     """Called in a generated ``forward``, which holds for the default of an optional argument only."""
-    if isinstance(given, fx.Proxy):
-        return
-    if isinstance(given, Tensor) or given != default:
+    if isinstance(given, (Tensor, fx.Proxy)) or given != default:
         shown = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-        raise NormswapError(
-            f"{name}={shown}: a functional norm was replaced here, and its forward holds for {name}={default!r} only; "
-            "convert the model with skip= for that norm"
+        shown = "a value" if isinstance(given, fx.Proxy) else shown
+        raise FixedArgument(
+            f"{name}={shown}: a functional norm or a shared layer was replaced here, and the forward holds for "
+            f"{name}={default!r} only; convert or fold the model with skip= for that norm"
         )
 
 
