@@ -288,6 +288,12 @@ def fold(
     unshare: Annotated[
         bool, typer.Option("--unshare", help="Copy layers that several places share, one for each norm they meet.")
     ] = False,
+    affine: Annotated[
+        bool,
+        typer.Option(
+            "--affine", help="Fold weight and bias of layer, RMS, group and instance norms into their readers."
+        ),
+    ] = False,
     key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
@@ -306,6 +312,7 @@ def fold(
             example_inputs=example,
             keep_batchnorm=keep_batchnorm,
             unshare=unshare,
+            affine=affine,
             **_selectors(where, skip, kind),
         )
     _check_kinds(plan, kind)

@@ -99,6 +99,11 @@ class Norm:
         return self.running_mean is not None and self.running_var is not None
 
     @property
+    def follows(self) -> bool:
+        """Whether something runs behind the norm inside the same module that changes its output."""
+        return any(not isinstance(module, nn.Identity) for module in self.then)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The norm's tensors by field name, absent ones left out."""
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -88,6 +88,13 @@ def words():
     return nn.Sequential(nn.Embedding(2, 6), nn.LayerNorm(6))
 
 
+def layered():
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3, bias=False))
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    return model
+
+
 def broken():
     raise RuntimeError("out of cheese")
 
@@ -487,6 +494,17 @@ class TestFold:
         assert record["plan"]["new_bytes"] == (9 + 3) * 4
         assert run("inspect", out, model="shared").stdout == "no normalization found\n"
         assert "conv_1.weight" in torch.load(out, weights_only=True)
+
+    def test_affine(self, run: Callable[..., Result], tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        out = tmp_path / "folded.pt"
+        record = json.loads(run("fold", "--affine", "--input", "2x6", "--json", "-o", out, model="layered").stdout)
+        assert record["verification"]
+        (change,) = record["plan"]["changes"]
+        assert change["becomes"] == "layer(6, eps=1e-05, no affine), affine folded into 2"
+        (site,) = json.loads(run("inspect", out, "--json", model="layered").stdout)["sites"]
+        assert site["kind"] == "layer"
+        assert "1.weight" not in torch.load(out)
 
 
 class TestExportAndVerify:

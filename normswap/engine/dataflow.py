@@ -7,6 +7,7 @@ which counts the real calls; without one, by the code of the modules around it, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from normswap import registry
-from normswap.fold.passages import Flow
+from normswap.errors import Refusal
+from normswap.fold.passages import Flow, value_users
 from normswap.graph.observe import Observation, eval_mode, observe
 from normswap.graph.reach import Reach, of_method, reach
+from normswap.graph.record import record
 from normswap.graph.references import Reference
 from normswap.graph.shapes import inferred, seen
 from normswap.graph.trace import Region, brief, otherwise, regions
@@ -52,11 +55,21 @@ class Dataflow:
         self._reached: dict[str, Reach] = {}
         self.calls: dict[int, list[Place]] = {}
         self.tensor_reads: dict[int, list[Place]] = {}
-        for flow in self.flows:
-            self._index(flow)
-        read = [identity for flow in self.flows for identity in flow.region.reads]
-        for identity in (*read, *_held(found), *(self.observation.reads if self.observation else ())):
-            self.tensor_reads.setdefault(identity, [])
+        self._index_all()
+
+    def along(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> Dataflow:
+        """The dataflow of the path that ``example_inputs`` take, for a model that cannot be traced whole.
+
+        Raises what the run raises, and :class:`Refusal` where it cannot be seen."""
+        if any(module.training for module in model.modules()):
+            raise Refusal("example_inputs speak for eval mode only: call eval() on the model")
+        region, values = record(model, example_inputs)
+        path = copy(self)
+        path.failed, path.opaque, path.flows = {}, [], [Flow(region, values)]
+        path.untrusted = {} if region.doubt is None else {id(region): region.doubt}
+        path.calls, path.tensor_reads = {}, {}
+        path._index_all()
+        return path
 
     @property
     def evidence(self) -> str:
@@ -94,6 +107,17 @@ class Dataflow:
                     self.notes.append(
                         f"{when} the model cannot be traced ({brief(error)}): the plan holds for calls without"
                     )
+
+    def _index_all(self) -> None:
+        for flow in self.flows:
+            self._index(flow)
+        read = [identity for flow in self.flows for identity in flow.region.reads]
+        others = {*read, *_held(self.references), *(self.observation.reads if self.observation else ())}
+        told = {i for i, places in self.tensor_reads.items() if any(value_users(node) for _, node in places)}
+        self.value_reads = others | told
+        """``id`` of the tensors of which more is read than type, place or shape."""
+        for identity in others:
+            self.tensor_reads.setdefault(identity, [])
 
     def _index(self, flow: Flow) -> None:
         for node in flow.region.graph.nodes:
@@ -161,7 +185,7 @@ class Dataflow:
 
     def asked_for(self, module: nn.Module) -> str | None:
         """Why the code around a module may take another path when a module of another class stands there."""
-        for holder, found in self._above(module):
+        for holder, found in self.above(module):
             for cls in found.classes:
                 if isinstance(module, cls):
                     return f"the code of {holder} asks for a {cls.__name__}"
@@ -172,12 +196,12 @@ class Dataflow:
 
     def asks_for_bias(self, module: nn.Module) -> str | None:
         """Why the code around a layer may take another path when the layer gets a bias."""
-        for holder, found in self._above(module):
+        for holder, found in self.above(module):
             if "bias" in found.asked or "bias" in found.foreign:
                 return f"the code of {holder} asks for a bias, which this layer does not have"
         return None
 
-    def _above(self, module: nn.Module) -> Iterator[tuple[str, Reach]]:
+    def above(self, module: nn.Module) -> Iterator[tuple[str, Reach]]:
         """What the code of every module above one can reach."""
         seen: set[str] = set()
         for name in self.references[id(module)].names:

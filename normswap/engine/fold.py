@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,17 +30,28 @@ def plan_fold(
     skip: Selector = None,
     example_inputs: tuple[Any, ...] | None = None,
     keep_batchnorm: bool = False,
+    affine: bool = False,
     unshare: bool = False,
 ) -> Plan:
     """Plan how the norms with fixed statistics vanish into the layers around them; nothing is changed.
 
     ``where``, ``skip`` and ``example_inputs`` are as in :func:`normswap.plan_convert`. What no layer absorbs becomes a
     :class:`normswap.norms.affine.ChannelAffine`, with the reason in its notes; with ``keep_batchnorm`` it stays and is
-    a ``Skip``. With ``unshare`` a layer that is called at several places, or whose weight another module has too, gets
-    a copy for each of the norms that it would have to absorb; the plan's notes say which, and what memory that costs
-    (``plan.new_bytes``). Raises :class:`NormswapError` for misuse."""
+    a ``Skip``.
+
+    ``affine``: norms that compute their statistics from each input (layer, RMS, group, instance) give their weight and
+    bias to the layers that read them, where all of those can take it, and stay without: as the same objects, with
+    ``None`` for weight and bias where their class takes that and nothing asks for them, else with values that do
+    nothing. No statistics are involved, so eval and train mode stay the same function, except where a dropout stands
+    between the norm and a layer and the norm has a bias, which the notes say.
+
+    ``unshare``: a layer that is called at several places, or whose weight another module has too, gets a copy for each
+    of the norms that it would have to absorb; the plan's notes say which, and what memory that costs
+    (``plan.new_bytes``).
+
+    Raises :class:`NormswapError` for misuse."""
     check_model(model)
-    options = Options(keep_batchnorm, unshare)
+    options = Options(keep_batchnorm, affine, unshare)
     request = _Request(model, where, skip, example_inputs, options)
     return _plan_unshared(request) if unshare else request.plan()[0]
 
@@ -56,6 +67,8 @@ class _Request:
     options: Options
     left: Set[str] = frozenset()
     """Names of norms that are to become a channel affine, whether or not a layer could absorb them."""
+    recorded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Steps of a recipe by the name of a norm that gave its affine away."""
 
     def plan(self, joined: Mapping[int, str] | None = None) -> tuple[Plan, Search]:
         """The plan for the model as it is now; ``joined``: why places of layers could not be taken apart."""
@@ -81,7 +94,8 @@ class _Request:
         ]
         check_globs(sites, where=self.where, skip=self.skip)
         plan = Plan(model, "fold", [], [], (), apply_fold)
-        search = Search(flow, found, self.options, joined)
+        path = None if self.example_inputs is None else partial(flow.along, model, self.example_inputs)
+        search = Search(flow, found, self.options, path, self.recorded, joined)
         search.own(sites)
         search.unlifted = unlifted
         chosen: list[Site] = []
@@ -132,7 +146,7 @@ def _plan_unshared(request: _Request) -> Plan:
 
 
 def _folded(plan: Plan) -> int:
-    return sum(change.to == "identity" for change in plan.changes)
+    return sum(bool(change.into) for change in plan.changes)
 
 
 def fold(
@@ -143,11 +157,13 @@ def fold(
     example_inputs: tuple[Any, ...] | None = None,
     inplace: bool = False,
     keep_batchnorm: bool = False,
+    affine: bool = False,
     unshare: bool = False,
 ) -> nn.Module:
     """Fold every norm with fixed statistics into the layers around it and return the model; see :func:`plan_fold`.
 
-    The function in eval mode stays the same up to rounding. Without ``inplace`` the input is not touched.
+    ``affine``: of the other norms, weight and bias. The function in eval mode stays the same up to rounding. Without
+    ``inplace`` the input is not touched.
     """
     plan = plan_fold(
         model,
@@ -155,6 +171,7 @@ def fold(
         skip=skip,
         example_inputs=example_inputs,
         keep_batchnorm=keep_batchnorm,
+        affine=affine,
         unshare=unshare,
     )
     report(plan)
@@ -184,7 +201,9 @@ def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:
             f"the recipe folds {missing[0]!r}, but the model has no norm there; is it the same architecture?"
         )
     left = {name for name, to in outcomes.items() if to == "affine"}
-    plan, _ = _Request(model, lambda name, _norm: name in outcomes, None, None, Options(), left).plan()
+    recorded = {step["name"]: step for step in steps if step["to"] == "bare"}
+    options = Options(affine=bool(recorded))
+    plan, _ = _Request(model, lambda name, _norm: name in outcomes, None, None, options, left, recorded).plan()
     for change in plan.changes:
         if change.to != outcomes[change.name]:
             raise NormswapError(f"the recipe folds {change.name!r} away, but here it stays: {'; '.join(change.notes)}")

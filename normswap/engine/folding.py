@@ -11,12 +11,14 @@ from torch import nn
 from normswap import registry
 from normswap.engine.carry import carry
 from normswap.engine.lifting import Lifts
-from normswap.engine.plan import Change
+from normswap.engine.plan import Change, Step
 from normswap.errors import NormswapError
-from normswap.fold import layers
+from normswap.fold import attention, layers
+from normswap.fold.layers import Layer
 from normswap.graph.references import Reference, references
 from normswap.graph.separate import Unsharing, separate
 from normswap.norms.affine import ChannelAffine
+from normswap.norms.bare import strip
 
 
 def apply_fold(
@@ -65,7 +67,7 @@ def _apply_one(
         if step.layer is None:
             continue
         try:
-            undo.append(layers.absorb(by_name[step.name].module, step.layer, step.affine, step.side))
+            undo.append(_absorb(by_name[step.name].module, step.layer, step))
         except NormswapError as error:
             raise NormswapError(
                 f"{change.name} into {step.name}: {error}; leave it out with skip={change.name!r}"
@@ -75,6 +77,9 @@ def _apply_one(
         return None
     assert reference is not None
     old = reference.module
+    if change.fold.bare is not None:
+        undo.append(strip(old, change.fold.bare.manner))
+        return old
     built = _left(change)
     hand_over = carry(old, built, registry.read(old))
     for slot in reference.slots:
@@ -82,6 +87,12 @@ def _apply_one(
         undo.append(partial(slot.put, old))
     undo.append(hand_over())
     return built
+
+
+def _absorb(module: nn.Module, layer: Layer, step: Step) -> Callable[[], None]:
+    if layer.part:
+        return attention.absorb(module, layer, step.affine)
+    return layers.absorb(module, layer, step.affine, step.side)
 
 
 def _left(change: Change) -> nn.Module:

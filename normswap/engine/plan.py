@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from normswap.errors import NormswapError
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.graph.separate import Unsharing
+from normswap.norms.bare import Bare
 from normswap.spec import Exactness, Norm
 from normswap.version import __version__
 
@@ -63,6 +64,8 @@ class Fold:
     """Layers by name, and whether each has a bias afterwards."""
     order: int = 0
     """When it is made: a layer that takes in several norms takes in the nearest first."""
+    bare: Bare | None = None
+    """How the norm stands without its affine, where it gave away that alone."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Change:
     @property
     def becomes(self) -> str:
         """The outcome in words."""
+        if self.to == "bare":
+            return f"{self.target}, affine folded into {', '.join(self.into)}"
         return f"folded into {', '.join(self.into)}" if self.into else str(self.target)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +119,10 @@ class Change:
             "source": {"kind": self.source.kind, "channels": self.source.channels},
             "to": self.to,
         }
+        if self.fold is not None and self.fold.bare is not None:
+            parts = {(s.name, "" if s.layer is None else s.layer.part): None for s in self.fold.steps}
+            given = [{"name": name, "part": part, "bias": self.fold.biased.get(name, False)} for name, part in parts]
+            return {**common, "bare": asdict(self.fold.bare), "layers": given}
         if self.fold is not None:
             biased = [{"name": name, "bias": bias} for name, bias in self.fold.biased.items()]
             return {**common, "layers": biased}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
 from normswap.graph.references import references
 from normswap.graph.separate import Unsharing
+from normswap.norms.bare import Manner
 from normswap.spec import exactness
 
 
@@ -65,13 +66,24 @@ def _well_formed_fold(step: Any) -> bool:
     if not isinstance(step, Mapping) or not {"name", "source", "to", "layers"} <= step.keys():
         return False
     layers = step["layers"]
+    if step["to"] == "bare" and not _well_formed_bare(step.get("bare")):
+        return False
     return (
-        step["to"] in ("identity", "affine")
+        step["to"] in ("identity", "affine", "bare")
         and isinstance(layers, list)
         and all(
             isinstance(layer, Mapping) and isinstance(layer.get("name"), str) and isinstance(layer.get("bias"), bool)
             for layer in layers
         )
+    )
+
+
+def _well_formed_bare(bare: Any) -> bool:
+    return (
+        isinstance(bare, Mapping)
+        and bare.get("manner") in get_args(Manner)
+        and isinstance(bare.get("axis"), int)
+        and isinstance(bare.get("direct"), bool)
     )
 
 

@@ -1,13 +1,14 @@
 """The search of a fold: which layers absorb each norm with fixed statistics.
 
 Backward first: the affine of a norm moves against the dataflow until linear layers absorb it on their output side. Then
-forward: along the dataflow, until all that read it absorb it on their input side. The guards are here, once: eval mode,
-single use, every call site of a layer, every user of its parameters, hooks."""
+forward: along the dataflow, until all that read it absorb it on their input side. The affine of a norm that stays goes
+forward only, after those. The guards are here, once: eval mode, single use, every call site of a layer, every user of
+its parameters, hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -15,18 +16,21 @@ from torch.nn.utils import parametrize
 
 from normswap import registry
 from normswap.engine import lifting
+from normswap.engine.affine_part import Part, part_of, read_besides
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Skip, Step
 from normswap.engine.sites import Site
 from normswap.errors import FixedArgument
-from normswap.fold import layers, passages
+from normswap.fold import attention, layers, passages
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
 from normswap.graph.layouts import sensitive_reader
 from normswap.graph.overwrites import Overwrites
 from normswap.graph.reach import reach
-from normswap.graph.shapes import argument
+from normswap.graph.shapes import argument, position
+from normswap.graph.trace import brief, has_plain_forward
+from normswap.norms.bare import Bare
 from normswap.spec import Norm, scale_shift
 
 
@@ -36,6 +40,8 @@ class Options:
 
     keep_batchnorm: bool = False
     """A norm that no layer absorbs stays as it is."""
+    affine: bool = False
+    """The affine of norms that compute their statistics from each input moves into the layers that read them."""
     unshare: bool = False
     """Layers that several places call get a copy for each need."""
 
@@ -44,8 +50,14 @@ class Options:
 class Trial:
     """What one norm's disappearance asks of other modules; kept only if all of it is possible."""
 
-    absorbs: dict[tuple[int, Side], tuple[nn.Module, Layer, Affine]] = field(default_factory=dict)
-    reached: dict[int, set[fx.Node]] = field(default_factory=dict)
+    stays: bool = False
+    """Whether the norm stays and gives away its affine only."""
+    absorbs: dict[tuple[int, Side, str], tuple[nn.Module, Layer, Affine]] = field(default_factory=dict)
+    """By the ``id`` of the layer's module, the side, and the part of the layer."""
+    reached: dict[tuple[int, str], set[fx.Node]] = field(default_factory=dict)
+    """Call sites by the ``id`` of the layer's module and the part of the layer."""
+    notes: dict[str, None] = field(default_factory=dict)
+    """What it rests on besides; kept of norms that stay."""
     composes: dict[int, Affine] = field(default_factory=dict)
     """What norms in front take in, by ``id`` of their module."""
 
@@ -54,9 +66,19 @@ class Search:
     """Finds, norm by norm in dataflow order, which layers absorb it."""
 
     def __init__(
-        self, flow: Dataflow, found: dict[int, Any], options: Options, joined: Mapping[int, str] | None = None
+        self,
+        flow: Dataflow,
+        found: dict[int, Any],
+        options: Options,
+        path: Callable[[], Dataflow] | None,
+        recorded: Mapping[str, Mapping[str, Any]],
+        joined: Mapping[int, str] | None = None,
     ) -> None:
         self.flow = flow
+        self.path = path
+        """Gives the dataflow of one real call."""
+        self.recorded = recorded
+        """Steps of a recipe, by the name of a norm that gave its affine away."""
         self.options = options
         self.joined = joined or {}
         """Why places of a layer, by its ``id``, could not be taken apart."""
@@ -74,6 +96,10 @@ class Search:
                     self.owners.setdefault(id(parameter), []).append(reference.module)
         self.affines: dict[int, Affine] = {}
         """What each norm still to be placed computes, by ``id`` of its module or functional node."""
+        self.parts: dict[int, Part] = {}
+        """What each norm that stays may give away, likewise."""
+        self.given: dict[int, tuple[str, ...]] = {}
+        """The norms that gave it away, with notes."""
         self.gone: set[int] = set()
         self.folds: dict[int, Fold] = {}
         self.reasons: dict[int, str] = {}
@@ -89,7 +115,8 @@ class Search:
     def refuses(self, site: Site) -> str | None:
         """Why a norm is out of the question, whatever stands around it."""
         if (reason := refused_outright(site)) is not None:
-            return reason
+            stays = site.norm is not None and reason == _own_statistics(site.norm)
+            return self._keeps(site) if stays else reason
         norm = site.norm
         assert norm is not None
         if site.call is not None:
@@ -139,8 +166,23 @@ class Search:
                 for tensor in site.norm.tensors.values():
                     self.owners.setdefault(id(tensor), []).append(site.module)
 
+    def _keeps(self, site: Site) -> str | None:
+        """Why a norm that stays gives nothing away."""
+        assert site.norm is not None
+        if not self.options.affine:
+            return _own_statistics(site.norm)
+        if watched(site.module):
+            return "it has forward or backward hooks, which would see other values"
+        step = self.recorded.get(site.name)
+        part = part_of(site, self.flow, self.owners, None if step is None else step["bare"])
+        if isinstance(part, str):
+            return part
+        self.parts[self.key(site)] = part
+        return None
+
     def run(self, chosen: Sequence[Site], left: Set[str] = frozenset()) -> None:
-        ordered = self._in_order(chosen)
+        staying = [site for site in self._in_order(chosen) if self.key(site) in self.parts]
+        ordered = [site for site in self._in_order(chosen) if self.key(site) not in self.parts]
         free = [site for site in ordered if site.name not in left]
         self.reasons.update({self.key(site): "the recipe leaves it" for site in ordered if site.name in left})
         for site in free:
@@ -148,6 +190,38 @@ class Search:
         for site in free:
             if self.key(site) not in self.gone:
                 self._attempt(site, self._forward)
+        self._give_away(staying)
+
+    def _give_away(self, staying: Sequence[Site]) -> None:
+        """First by what the code proves; for what is left then, by the path of ``example_inputs``."""
+        for site in staying:
+            self._attempt(site, self._given_away)
+        for site in staying:
+            key = self.key(site)
+            if key not in self.given and site.name in self.recorded:
+                self.reasons[key] = self._as_recorded(site, self.recorded[site.name]) or ""
+        left = [site for site in staying if self.key(site) not in self.given]
+        if not left or not self.flow.failed:
+            return
+        if self.path is None:
+            for site in left:
+                if "cannot be traced" in (reason := self.reasons[self.key(site)]) and "example_inputs" not in reason:
+                    self.reasons[self.key(site)] = f"{reason}; pass example_inputs"
+            return
+        traced = self.flow
+        try:
+            self.flow = self.path()
+        except Exception as error:
+            self.reasons.update({self.key(s): f"{self.reasons[self.key(s)]}; {brief(error)}" for s in left})
+            return
+        self.layer_reasons = {}
+        name, reason = next(iter(traced.failed.items()))
+        note = f"rests on the path that example_inputs take: {name or 'the model'} cannot be traced ({reason})"
+        for site in left:
+            self._attempt(site, self._given_away)
+            if self.key(site) in self.given:
+                self.given[self.key(site)] += (note,)
+        self.flow, self.layer_reasons = traced, {}
 
     def _in_order(self, chosen: Sequence[Site]) -> list[Site]:
         order: dict[int, int] = {}
@@ -159,25 +233,38 @@ class Search:
         return sorted(chosen, key=lambda site: order.get(id(site.module), len(order)))
 
     def _attempt(self, site: Site, direction: Callable[[Site, Trial], str | None]) -> None:
-        trial = Trial()
+        trial = Trial(stays=self.key(site) in self.parts)
         self.shared = self.blocked.setdefault(self.key(site), set())
         reason = self.flow.unsettled(site.module) or direction(site, trial) or self._incomplete(trial)
-        reason = reason or self._relaid(site)
+        if reason is None and not trial.stays:
+            reason = self._relaid(site)
         key = self.key(site)
         if reason is not None:
             before = self.reasons.get(key)
-            same = before is None or before == reason
+            same = before is None or before == reason or trial.stays
             self.reasons[key] = reason if same else f"backward: {before}; forward: {reason}"
             return
-        self.gone.add(key)
+        self._accept(key, trial)
+
+    def _accept(self, key: int, trial: Trial) -> None:
+        if key in self.parts:
+            self.given[key] = tuple(trial.notes)
+        else:
+            self.gone.add(key)
         record = self.folds.setdefault(key, Fold(order=len(self.folds)))
-        for (_, side), (module, layer, affine) in trial.absorbs.items():
+        for (_, side, _), (module, layer, affine) in trial.absorbs.items():
             name = self.references[id(module)].name
             record.steps.append(Step(name, side, layer, affine))
+            if layer.part:  # of an attention, which gets no bias
+                continue
             bias = getattr(module, "bias", None) is not None or id(module) in self.biased or not affine.no_shift
             if bias:
                 self.biased.add(id(module))
             record.biased[name] = bias
+        if key in self.parts:
+            part = self.parts[key]
+            direct = all(affine.same(part.affine) for _, _, affine in trial.absorbs.values())
+            record.bare = Bare(part.manner, part.axis, direct)
         for other, affine in trial.composes.items():
             self.affines[other] = affine.after(self.affines[other])
             record.steps.append(Step(self.references[other].name, "output", None, affine))
@@ -192,7 +279,7 @@ class Search:
 
     def _incomplete(self, trial: Trial) -> str | None:
         """A layer called at several sites must be reached at all of them, by the same affine."""
-        for identity, nodes in trial.reached.items():
+        for (identity, _), nodes in trial.reached.items():
             sites = self.flow.calls.get(identity, [])
             if len(nodes) != len(sites):
                 name = self.references[identity].name
@@ -308,7 +395,7 @@ class Search:
             return reason
         if not trial.composes.setdefault(id(module), need.affine).same(need.affine):
             return f"{passages.label(flow, node)} is called at several sites with different norms behind"
-        trial.reached.setdefault(id(module), set()).add(node)
+        trial.reached.setdefault((id(module), ""), set()).add(node)
         return None
 
     # --- forward -----------------------------------------------------------------------------------------------------
@@ -321,6 +408,48 @@ class Search:
                 return reason
             if (reason := self._overwritten(flow, node, trial)) is not None:
                 return reason
+        return None
+
+    def _given_away(self, site: Site, trial: Trial) -> str | None:
+        """As :meth:`_forward`, of the affine alone: the norm still makes a tensor of its own."""
+        part = self.parts[self.key(site)]
+        if (reason := read_besides(site, self.flow)) is not None:
+            return reason
+        for flow, node in self.flow.sites(site.module):
+            shape = flow.shape(node)
+            if site.norm is not None and site.norm.ranks and shape is not None and len(shape) not in site.norm.ranks:
+                return "its input has no batch axis"
+            axis = position(part.axis, shape)
+            need = Need(node, part.affine, part.axis if axis is None else axis)
+            if (reason := self._input_side(flow, need, trial)) is not None:
+                return reason
+        return None
+
+    def _as_recorded(self, site: Site, step: Mapping[str, Any]) -> str | None:
+        """What a recipe says of a norm where the code does not prove it: it was seen with ``example_inputs`` then."""
+        key = self.key(site)
+        if not step["bare"]["direct"]:
+            return self.reasons[key]
+        trial, own = Trial(stays=True), self.parts[key].affine
+        for entry in step["layers"]:
+            reference, part = self.flow.by_name.get(entry["name"]), entry.get("part", "")
+            if reference is None:
+                return f"the model has no module {entry['name']!r}"
+            module: Any = reference.module
+            if part in attention.PARTS and isinstance(module, nn.MultiheadAttention):
+                layer = attention.describe(module, part)
+            else:
+                layer = layers.describe(module)
+            if isinstance(layer, str):
+                return layer
+            if layer.inputs != own.channels:
+                return f"{entry['name']} has {layer.inputs} channels there, the norm {own.channels}"
+            if not layer.shift_reaches_evenly and not own.no_shift:
+                return f"{entry['name']} cannot take its shift"
+            if (reason := self._bound(module)) is not None:
+                return reason
+            trial.absorbs[id(module), "input", layer.part] = (module, layer, own)
+        self._accept(key, trial)
         return None
 
     def _overwritten(self, flow: Flow, node: fx.Node, trial: Trial) -> str | None:
@@ -340,9 +469,13 @@ class Search:
             if need.node in flow.region.kept:
                 return "it is also kept in an attribute"
             for user in users:
+                module = flow.module(user)
+                if isinstance(module, nn.MultiheadAttention):
+                    if (reason := self._read_by_attention(flow, need, module, user, trial)) is not None:
+                        return reason
+                    continue
                 if _uses(user, need.node) != 1:
                     return f"{passages.label(flow, user)} reads it twice"
-                module = flow.module(user)
                 layer = None if module is None else layers.describe(module)
                 if module is not None and isinstance(layer, Layer):
                     if (reason := self._read_by_layer(flow, need, module, layer, user, trial)) is not None:
@@ -354,8 +487,13 @@ class Search:
                 if module is not None and (watched(module) or isinstance(module, nn.modules.conv._ConvNd | nn.Linear)):
                     return f"{passages.label(flow, user)}: {'it has hooks' if watched(module) else layer}"
                 outcome = passages.forward(flow, user, need.node, need.affine, need.axis)
+                if isinstance(outcome, str) and trial.stays and passages.pads_nothing(flow, user, need.node):
+                    outcome = Need(user, need.affine, need.axis)
+                    trial.notes["holds where pad adds nothing, as on example_inputs"] = None
                 if isinstance(outcome, str):
                     return outcome
+                if passages.may_drop(flow, user, need.affine):
+                    trial.notes[f"not in train mode, where {passages.label(flow, user)} drops the shift too"] = None
                 pending.append(outcome)
         return None
 
@@ -363,12 +501,28 @@ class Search:
         self, flow: Flow, need: Need, module: nn.Module, layer: Layer, user: fx.Node, trial: Trial
     ) -> str | None:
         if not _channels_at(flow, need.node, need.axis, layer):
-            return (
-                f"{passages.label(flow, user)}: it is not proved that it reads the norm's channels (example_inputs may)"
-            )
+            return _elsewhere(flow, need, user)
         if not layer.shift_reaches_evenly and not need.affine.no_shift:
             return f"{passages.label(flow, user)} pads with zeros (or is transposed), and the shift is not zero"
         return self._absorb(module, layer, need.affine, "input", user, trial)
+
+    def _read_by_attention(
+        self, flow: Flow, need: Need, module: nn.MultiheadAttention, user: fx.Node, trial: Trial
+    ) -> str | None:
+        parts = attention.read_by(user, need.node)
+        if _uses(user, need.node) != len(parts):
+            return f"{passages.label(flow, user)} reads it as more than query, key and value"
+        for part in parts:
+            layer = attention.describe(module, part)
+            if isinstance(layer, str):
+                return f"{passages.label(flow, user)}: {layer}"
+            if not layer.shift_reaches_evenly and not need.affine.no_shift:
+                return f"{passages.label(flow, user)} has no bias that could take the shift"
+            if not _channels_at(flow, need.node, need.axis, layer):
+                return _elsewhere(flow, need, user)
+            if (reason := self._absorb(module, layer, need.affine, "input", user, trial)) is not None:
+                return reason
+        return None
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
@@ -383,16 +537,13 @@ class Search:
             if id(module) in self.tied or places > 1:
                 self.shared.add(id(module))
             return reason
-        if layers.may_overflow(module, affine):
-            dtype = str(module.weight.dtype).removeprefix("torch.")
+        whole: Any = attention.projection(module, layer) if layer.part else module
+        if layers.may_overflow(whole, affine):
+            dtype = str(whole.weight.dtype).removeprefix("torch.")
             return f"the folded weights of {self.references[id(module)].name} may not be finite in {dtype}"
-        if (
-            getattr(module, "bias", None) is None
-            and not affine.no_shift
-            and (reason := self.flow.asks_for_bias(module))
-        ):
+        if getattr(whole, "bias", None) is None and not affine.no_shift and (reason := self.flow.asks_for_bias(module)):
             return reason
-        key: tuple[int, Side] = (id(module), side)
+        key: tuple[int, Side, str] = (id(module), side, layer.part)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):
                 self.shared.add(id(module))
@@ -400,7 +551,7 @@ class Search:
                 return f"{name} is called at several sites with different norms{self._way_out(id(module))}"
         else:
             trial.absorbs[key] = (module, layer, affine)
-        trial.reached.setdefault(id(module), set()).add(node)
+        trial.reached.setdefault((id(module), layer.part), set()).add(node)
         return None
 
     def _unfit(self, module: nn.Module) -> str | None:
@@ -408,7 +559,8 @@ class Search:
             self.layer_reasons[id(module)] = self._why_unfit(module)
         return self.layer_reasons[id(module)]
 
-    def _why_unfit(self, module: nn.Module) -> str | None:
+    def _bound(self, module: nn.Module) -> str | None:
+        """Why the weights of a layer must stay as they are, whatever calls it."""
         name = self.references[id(module)].name
         if watched(module):
             return f"{name} has forward or backward hooks, which would see other values"
@@ -422,15 +574,22 @@ class Search:
                 others = [self.references[id(o)].name for o in owners if o is not module] or [name]
                 self.tied.add(id(module))
                 return f"{name} shares its weight with {others[0]}{self._way_out(id(module))}"
-            if id(parameter) in self.flow.tensor_reads:
-                return f"the weight of {name} is also read directly"
             if parameter.is_meta:
                 return f"{name} is on the meta device"
+        return None
+
+    def _why_unfit(self, module: nn.Module) -> str | None:
+        if (reason := self._bound(module)) is not None:
+            return reason
+        name = self.references[id(module)].name
+        if any(id(parameter) in self.flow.tensor_reads for parameter in module._parameters.values()):
+            return f"the weight of {name} is also read directly"
         reads = {
             attribute
             for parent in self.references[id(module)].parents
+            if not has_plain_forward(parent)  # which only computes the same by a fused kernel
             for child, attribute in reach(parent).child_reads
-            if parent._modules.get(child) is module and attribute in ("weight", "bias")
+            if parent._modules.get(child) is module and attribute in module._parameters
         }
         if reads:
             return f"the code around {name} reads its {sorted(reads)[0]}"
@@ -447,7 +606,15 @@ class Search:
             target = Norm(kind="identity", channels=norm.channels, pools=frozenset(), momentum=None, then=norm.then)
             common |= {"notes": lifting.notes(site), "functional": site.functional}
             return Change(site.name, norm, target, "exact", "identity", into=into, fold=record, **common)
+        if key in self.given:
+            record = self.folds[key]
+            into = tuple(dict.fromkeys(step.name for step in record.steps))
+            target = replace(norm, weight=None, bias=None)
+            notes = self.given[key]
+            return Change(site.name, norm, target, "exact", "bare", notes=notes, into=into, fold=record, **common)
         reason = self.reasons[key]
+        if key in self.parts:
+            return Skip(site.name, reason, norm, site.label, **common)
         if self.options.keep_batchnorm:
             return Skip(site.name, reason, norm, site.label, **common)
         common["functional"] = site.functional
@@ -465,6 +632,10 @@ class Search:
         )
 
 
+def _own_statistics(norm: Norm) -> str:
+    return f"{norm.kind} computes its statistics from each input"
+
+
 def refused_outright(site: Site) -> str | None:
     """Why a norm is out of the question by itself."""
     norm = site.norm
@@ -474,7 +645,7 @@ def refused_outright(site: Site) -> str | None:
         return "it is in train mode, where it uses the batch's statistics; call eval() on it"
     affine = scale_shift(norm)
     if affine is None:
-        return f"{norm.kind} computes its statistics from each input"
+        return _own_statistics(norm)
     if affine[0].is_meta:
         return "it is on the meta device: there are no values to fold"
     return None
@@ -489,8 +660,7 @@ def watched(module: nn.Module) -> bool:
 
 
 def follows(module: nn.Module) -> bool:
-    norm = registry.read(module)
-    return any(not isinstance(follower, nn.Identity) for follower in norm.then)
+    return registry.read(module).follows
 
 
 def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:
@@ -498,8 +668,15 @@ def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:
     otherwise."""
     shape = flow.shape(node)
     if shape is None:
-        return axis == 1 and layer.kind != "linear"
+        return axis == (-1 if layer.kind == "linear" else 1)
     return axis % len(shape) == len(shape) - 1 - layer.spatial
+
+
+def _elsewhere(flow: Flow, need: Need, user: fx.Node) -> str:
+    reader = passages.label(flow, user)
+    if flow.shape(need.node) is None:
+        return f"{reader}: it is not proved that it reads the norm's channels (example_inputs may)"
+    return f"{reader} reads another axis than the norm's channels"
 
 
 def _uses(user: fx.Node, node: fx.Node) -> int:

@@ -53,6 +53,8 @@ class Layer:
     groups: int
     shift_reaches_evenly: bool
     """Whether a constant on an input channel gives a constant on every output channel."""
+    part: str = ""
+    """Which projection of an attention it is; empty for a layer of its own."""
 
 
 def describe(module: nn.Module) -> Layer | str:

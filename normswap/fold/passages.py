@@ -6,7 +6,7 @@ front; what stands behind.
 ==========================================  =====================================================================
 operation                                   rule
 ==========================================  =====================================================================
-identity, dropout and drop path in eval     unchanged
+identity, dropout in eval mode              unchanged; a scale alone passes dropout in train mode too
 permute, transpose, flatten, reshape ...    the channel axis moves, where operations or seen shapes prove where to
 concatenation along channels                cut (backward); extended by the identity (forward)
 split, chunk along channels                 extended by the identity (backward); cut (forward)
@@ -165,15 +165,34 @@ def _pass_forward(flow: Flow, node: fx.Node, source: fx.Node, affine: Affine, ax
     return Need(node, affine, axis)
 
 
-def _dropout_active(node: fx.Node, module: nn.Module | None) -> bool:
+def _dropout_active(node: fx.Node, module: nn.Module | None, affine: Affine) -> bool:
+    """Whether a dropout does not let an affine pass: in train mode it multiplies, which leaves only a scale alone."""
+    scales = not isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+    if affine.no_shift and scales:
+        return False
     if module is not None:
         rate = getattr(module, "p", getattr(module, "drop_prob", 0.0))
         return module.training and bool(rate)
     return bool(argument(node, 2, "training", True)) and argument(node, 1, "p", 0.5) != 0
 
 
+def pads_nothing(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
+    """Whether a padding adds nothing to the ``source`` seen in a run; it may to one of another size."""
+    shape = flow.shape(source)
+    return node.target is F.pad and first(node) is source and shape is not None and shape == flow.shape(node)
+
+
+def may_drop(flow: Flow, node: fx.Node, affine: Affine) -> bool:
+    """Whether an operation is a dropout which does not let the affine pass in train mode."""
+    module = flow.module(node)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        alpha = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+        return module.p != 0 and (alpha or not affine.no_shift)
+    return node.target is F.dropout and argument(node, 1, "p", 0.5) != 0 and not affine.no_shift
+
+
 def _dropout(flow: Flow, node: fx.Node, affine: Affine, axis: int, module: nn.Module | None = None) -> Outcome:
-    if _dropout_active(node, module):
+    if _dropout_active(node, module, affine):
         return f"{label(flow, node)} is in train mode"
     return _pass(flow, node, affine, axis)
 
@@ -181,7 +200,7 @@ def _dropout(flow: Flow, node: fx.Node, affine: Affine, axis: int, module: nn.Mo
 def _dropout_forward(
     flow: Flow, node: fx.Node, source: fx.Node, affine: Affine, axis: int, module: nn.Module | None = None
 ) -> Need | str:
-    if _dropout_active(node, module):
+    if _dropout_active(node, module, affine):
         return f"{label(flow, node)} is in train mode"
     return _pass_forward(flow, node, source, affine, axis)
 
@@ -532,9 +551,36 @@ def _split(flow: Flow, node: fx.Node, affine: Affine, axis: int) -> Outcome:
     return _pass(flow, node, affine, axis)
 
 
+def _slice_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
+    """Where an axis goes when others are indexed by slices and whole numbers."""
+    shape, index = flow.shape(first(node)), argument(node, 1, "index")
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(type(item) in (slice, int) or item is Ellipsis for item in items) or items.count(Ellipsis) > 1:
+        return None
+    if shape is not None:
+        at = items.index(Ellipsis) if Ellipsis in items else len(items)
+        items[at : at + 1] = [slice(None)] * (len(shape) - len([item for item in items if item is not Ellipsis]))
+    inner = position(axis, shape)
+    if inner is None or Ellipsis in items:
+        return None
+    if inner < len(items) and items[inner] != slice(None):
+        return None
+    return inner - sum(isinstance(item, int) for item in items[:inner])
+
+
 def _piece_forward(flow: Flow, node: fx.Node, source: fx.Node, affine: Affine, axis: int) -> Need | str:
-    inner = _slice_in(flow, node, axis)
-    return f"{label(flow, node)} reads it" if inner is None else Need(node, affine, inner)
+    outer = _slice_out(flow, node, axis)
+    return f"{label(flow, node)} reads it" if outer is None else Need(node, affine, outer)
+
+
+def _rolled(flow: Flow, node: fx.Node, axis: int) -> int | None:
+    """Rolling along other axes than the channels'."""
+    shape, dims = flow.shape(first(node)), argument(node, 2, "dims")
+    listed = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if shape is None or not listed or not all(isinstance(dim, int) for dim in listed):
+        return None
+    at = axis % len(shape)
+    return None if at in {dim % len(shape) for dim in listed} else at
 
 
 def _number(value: Any) -> float | None:
@@ -633,6 +679,7 @@ _reshape_back, _reshape_ahead = _moves(_reshape_in, _reshape_out)
 _flatten_back, _flatten_ahead = _moves(_flatten_in, _flatten_out)
 _squeeze_back, _squeeze_ahead = _moves(_squeeze_in, _squeeze_out)
 _unsqueeze_back, _unsqueeze_ahead = _moves(_unsqueeze_in, _unsqueeze_out)
+_roll_back, _roll_ahead = _moves(_rolled, _rolled)
 _mean_back, _mean_ahead = _moves(_mean_in, _mean_out)
 _average_back, _average_ahead = _guarded(_check_average)
 _spatial_back, _spatial_ahead = _guarded(_check_spatial)
@@ -668,6 +715,7 @@ _BACKWARD: dict[Any, Any] = {
     **dict.fromkeys(("flatten", torch.flatten), _flatten_back),
     **dict.fromkeys(("squeeze", torch.squeeze), _squeeze_back),
     **dict.fromkeys(("unsqueeze", torch.unsqueeze), _unsqueeze_back),
+    **dict.fromkeys(("roll", torch.roll), _roll_back),
     **dict.fromkeys(("mean", torch.mean), _mean_back),
     **dict.fromkeys(_AVERAGES, _average_back),
     **dict.fromkeys(_SPATIAL, _spatial_back),
@@ -690,6 +738,7 @@ _FORWARD: dict[Any, Any] = {
     **dict.fromkeys(("flatten", torch.flatten), _flatten_repeating),
     **dict.fromkeys(("squeeze", torch.squeeze), _squeeze_ahead),
     **dict.fromkeys(("unsqueeze", torch.unsqueeze), _unsqueeze_ahead),
+    **dict.fromkeys(("roll", torch.roll), _roll_ahead),
     **dict.fromkeys(("mean", torch.mean), _mean_ahead),
     **dict.fromkeys(_AVERAGES, _average_ahead),
     **dict.fromkeys(_SPATIAL, _spatial_ahead),

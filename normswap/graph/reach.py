@@ -49,6 +49,8 @@ class Reach:
     child_reads: set[tuple[str, str]] = field(default_factory=set)
     handled: set[str] = field(default_factory=set)
     """Children that are used as values, not only called: iterated, indexed, passed on."""
+    described: set[tuple[str, str]] = field(default_factory=set)
+    """As ``child_reads``, of which only the type, the place or the shape is asked: ``self.norm.weight.dtype``."""
     foreign: set[str] = field(default_factory=set)
     """Attributes read from other objects than ``self``: a loop variable, an argument, a child's child."""
     loaded: set[str] = field(default_factory=set)
@@ -64,6 +66,7 @@ class Reach:
         self.functions |= other.functions
         self.child_reads |= other.child_reads
         self.handled |= other.handled
+        self.described |= other.described
         self.foreign |= other.foreign
         self.loaded |= other.loaded
         self.classes |= other.classes
@@ -230,6 +233,7 @@ def _of_code(
                 continue
             elif read is not None and value in ("dtype", "device", "shape"):
                 found.child_reads.discard(read)
+                found.described.add(read)
             else:
                 known = isinstance(current, (types.ModuleType, torch._ops._OpNamespace, torch._ops._Ops))
                 if not known:

@@ -35,8 +35,42 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one node in a graph: norms and linear layers (subclasses too), and torch's own modules."""
     if isinstance(module, LINEAR_LAYERS) or registry.registered(module):
         return True
+    if has_plain_forward(module):
+        return False
     inside_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.nn"))
     return inside_torch and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule))
+
+
+def _encoder_layer(
+    self: Any, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+) -> Any:
+    if self.norm_first:
+        x = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
+        return x + self._ff_block(self.norm2(x))
+    x = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal))
+    return self.norm2(x + self._ff_block(x))
+
+
+def _encoder(
+    self: Any, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool | None = None
+) -> Any:
+    for layer in self.layers:
+        src = layer(src, mask, src_key_padding_mask, False if is_causal is None else is_causal)
+    return src if self.norm is None else self.norm(src)
+
+
+_PLAIN_FORWARDS: dict[Any, Callable[..., Any]] = {
+    nn.TransformerEncoderLayer.forward: _encoder_layer,
+    nn.TransformerEncoder.forward: _encoder,
+    nn.TransformerDecoderLayer.forward: nn.TransformerDecoderLayer.forward,
+}
+"""What stands for a ``forward`` of torch in a trace: the same function, without the choice of a fused kernel."""
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` is one of torch's whose meaning is known, and is traced instead of its code."""
+    classes = (nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer)
+    return isinstance(module, classes) and "forward" not in vars(module) and type(module).forward in _PLAIN_FORWARDS
 
 
 @dataclass
@@ -166,6 +200,8 @@ class RegionTracer(fx.Tracer):
         last = next(reversed(self.graph.nodes), None)
         stack = self.module_stack.copy()
         try:
+            if has_plain_forward(m):
+                forward = partial(_PLAIN_FORWARDS[type(m).forward], m)
             with _tensors_for(type(m).forward):
                 return super().call_module(m, forward, args, kwargs)
         except Exception as error:
@@ -182,6 +218,8 @@ class RegionTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
+        if has_plain_forward(self.root):
+            root_fn = _PLAIN_FORWARDS[root_fn]
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
             return super().create_args_for_root(root_fn, is_module, concrete_args)
