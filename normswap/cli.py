@@ -288,6 +288,9 @@ def fold(
     unshare: Annotated[
         bool, typer.Option("--unshare", help="Copy layers that several places share, one for each norm they meet.")
     ] = False,
+    merge_branches: Annotated[
+        bool, typer.Option("--merge-branches", help="Merge parallel convolutions that are added up into one.")
+    ] = False,
     affine: Annotated[
         bool,
         typer.Option(
@@ -313,6 +316,7 @@ def fold(
             keep_batchnorm=keep_batchnorm,
             unshare=unshare,
             affine=affine,
+            merge_branches=merge_branches,
             **_selectors(where, skip, kind),
         )
     _check_kinds(plan, kind)
@@ -343,7 +347,7 @@ def _carry_out(
     if not as_json:
         report.show(report.plan_report(plan), Console())
     try:
-        if not plan.changes:
+        if not plan.changes and not plan.merges:
             raise _nothing_to_do(plan)
         if dry_run:
             return

@@ -105,6 +105,7 @@ def plan_report(plan: Plan) -> Report:
     return Report(
         (
             _without_empty("Changes", ("name", "was", "becomes", "exactness", "notes"), changes),
+            Section("Merged", ("branches",), tuple((str(merge),) for merge in plan.merges)),
             Section("Skipped", ("name", "is", "reason"), skips),
         ),
         (*(f"note: {note}" for note in plan.notes), summary),

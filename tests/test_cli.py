@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -77,6 +78,15 @@ def shared():
     for norm in (model.a, model.b):
         nn.init.normal_(norm.running_mean)
     return model
+
+
+class Rep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.point, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.wide(x) + self.norm(self.point(x)) + x
 
 
 def chatty():
@@ -475,6 +485,14 @@ class TestFold:
         result = run("fold", folder / "net.pt", "--input", "2x3x6x6", "-o", tmp_path / "folded.pt", status=1)
         assert "is not written" in result.stderr
         assert not list(tmp_path.iterdir())
+
+    def test_merged_branches(self, run: Callable[..., Result], tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        out = tmp_path / "merged.safetensors"
+        shown = run("fold", "--merge-branches", "--input", "2x3x6x6", "-o", out, model="Rep").stdout
+        assert "merged: wide takes in point, identity (3x3, in the model)" in shown
+        assert set(load_file(out)) == {"wide.weight", "wide.bias"}
+        run("verify", out, out, "--input", "2x3x6x6", model="Rep")
 
     @pytest.mark.parametrize(("flags", "left"), [([], "affine"), (["--keep-batchnorm"], "batch")])
     def test_what_no_layer_absorbs(

@@ -270,3 +270,55 @@ def test_attributes_read_from_a_child(cls: type[Base]) -> None:
 @pytest.mark.parametrize("cls", [Calls, ReadsDtype])
 def test_calling_a_child_and_asking_its_dtype_read_nothing(cls: type[Base]) -> None:
     assert not reach(cls()).child_reads
+
+
+class ByName(Base):
+    def norm_of(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, 2)
+
+
+class ByPartOfTheName(ByName):
+    def forward(self, x: Tensor, kind: str = "of") -> Tensor:
+        return getattr(self, f"norm_{kind}")(x)
+
+
+class ByOldFormat(ByName):
+    def forward(self, x: Tensor, kind: str = "of") -> Tensor:
+        return getattr(self, "norm_%s" % kind)(x)  # noqa: UP031
+
+
+class ByFormat(ByName):
+    def forward(self, x: Tensor, kind: str = "of") -> Tensor:
+        return getattr(self, "{}_of".format(kind))(x)  # noqa: UP032
+
+
+class ByJoin(ByName):
+    def forward(self, x: Tensor, kinds: tuple[str, ...] = ("norm", "of")) -> Tensor:
+        return getattr(self, "_".join(kinds))(x)
+
+
+class OfItsClass(ByName):
+    def forward(self, x: Tensor, name: str = "norm_of") -> Tensor:
+        return getattr(self.__class__, name)(self, x)
+
+
+@pytest.mark.parametrize("cls", [ByPartOfTheName, ByOldFormat, ByFormat, ByJoin, OfItsClass])
+def test_a_method_chosen_by_name_is_reached(cls: type[ByName]) -> None:
+    assert reach(plain(cls)).functions
+
+
+class OtherName(ByName):
+    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+        return getattr(self, f"inner{index or ''}")(x)
+
+
+class OfAChild(ByName):
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(getattr(self.inner, "0"), "forward")(x)  # noqa: B009
+
+
+@pytest.mark.parametrize("cls", [OtherName, OfAChild])
+def test_a_name_that_no_method_has_reaches_none(cls: type[ByName]) -> None:
+    found = reach(plain(cls))
+    assert not found.functions
+    assert "0" not in found.asked

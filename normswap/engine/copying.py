@@ -25,9 +25,17 @@ def copy_model(model: nn.Module, replaced: Iterable[nn.Parameter] = ()) -> nn.Mo
 
     ``replaced``: parameters whose values the caller replaces in the copy by others right away, never in place. They
     are not copied: until then the copy's share their memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in replaced if type(p) is nn.Parameter
-    }
+    return _copied(
+        model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in replaced if type(p) is nn.Parameter}
+    )
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A deep copy that has the model's own parameters and buffers; :class:`NormswapError` as in :func:`copy_model`."""
+    return _copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         copied = _copy(model, memo)
     except Exception as error:

@@ -55,6 +55,8 @@ class Dataflow:
         self._reached: dict[str, Reach] = {}
         self.calls: dict[int, list[Place]] = {}
         self.tensor_reads: dict[int, list[Place]] = {}
+        self.doubts: dict[int, str] = {}
+        """Why the calls of modules, by ``id``, are known not to be all of their calls."""
         self._index_all()
 
     def along(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> Dataflow:
@@ -112,11 +114,12 @@ class Dataflow:
         for flow in self.flows:
             self._index(flow)
         read = [identity for flow in self.flows for identity in flow.region.reads]
-        others = {*read, *_held(self.references), *(self.observation.reads if self.observation else ())}
+        self.read_elsewhere = {*read, *_held(self.references), *(self.observation.reads if self.observation else ())}
+        """The ``id`` of tensors that are read by other means than an operation in a graph."""
         told = {i for i, places in self.tensor_reads.items() if any(value_users(node) for _, node in places)}
-        self.value_reads = others | told
+        self.value_reads = self.read_elsewhere | told
         """``id`` of the tensors of which more is read than type, place or shape."""
-        for identity in others:
+        for identity in self.read_elsewhere:
             self.tensor_reads.setdefault(identity, [])
 
     def _index(self, flow: Flow) -> None:
@@ -143,9 +146,11 @@ class Dataflow:
             return id(module) in self.observation.modules
         return any(self._uncovered(name) for name in self.references[id(module)].names)
 
-    def unsettled(self, module: nn.Module) -> str | None:
-        """Why the calls of a module in the graphs may not be all of its calls, or ``None``."""
-        places = self.sites(module)
+    def unsettled(self, module: nn.Module, places: list[Place] | None = None) -> str | None:
+        """Why the calls of a module in the graphs, or ``places``, may not be all of its calls, or ``None``."""
+        if id(module) in self.doubts:
+            return self.doubts[id(module)]
+        places = self.sites(module) if places is None else places
         if not places:
             reference = self.references[id(module)]
             return self._untraced(reference)

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.engine.copying import copy_model
 from normswap.engine.optimizer import Remapped, remap
 from normswap.errors import NormswapError
 from normswap.fold.affine import Affine
+from normswap.fold.branches import Taps
 from normswap.fold.layers import Layer, Side
 from normswap.graph.separate import Unsharing
 from normswap.norms.bare import Bare
@@ -134,6 +135,46 @@ class Change:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Parallel branches that become one convolution, in the ``forward`` of one module."""
+
+    holder: str
+    """The module whose ``forward`` adds the branches up, and gets another."""
+    host: str
+    """The convolution that takes them all in."""
+    absorbs: tuple[str, ...]
+    """The other convolutions, the norms and the scales, which go."""
+    adds_itself: bool
+    """Whether the source itself is a branch."""
+    path: str
+    """The host's name inside the holder."""
+    nodes: tuple[str, ...]
+    """The operations in the holder's graph that go, in order; the last gives the sum."""
+    source: str
+    """What the branches read, in the holder's graph."""
+    taps: Taps
+    parts: tuple[tuple[str | None, Tensor], ...]
+    """Convolutions by name, or the source itself (``None``), with their scales."""
+    shift: Tensor
+    bias: bool
+    """Whether the host has a bias afterwards."""
+    convolutions: tuple[str, ...]
+    """Those among ``absorbs``."""
+    tensors: tuple[tuple[str, str], ...]
+    """Scales and shifts among ``absorbs``: the module that holds each, and its name there."""
+
+    def step(self) -> dict[str, Any]:
+        """The merge as part of a recipe."""
+        return {"holder": self.holder, "host": self.host, "absorbs": list(self.absorbs)}
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.taps.kernel))
+        others = [*(name for name, _ in self.parts if name not in (None, self.host)), *["identity"] * self.adds_itself]
+        branches = ", ".join(dict.fromkeys(str(name) for name in others)) or "what is done to it alone"
+        return f"{self.host} takes in {branches} ({size}, in {self.holder or 'the model'})"
+
+
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
@@ -164,6 +205,8 @@ class Plan:
     skips: list[Skip]
     notes: tuple[str, ...] = ()
     apply_changes: Apply | None = field(default=None, repr=False)
+    merges: tuple[Merge, ...] = ()
+    """Branches that become one convolution, in a fold."""
     applied: Applied | None = field(default=None, repr=False)
     unsharing: Unsharing | None = None
     """The copies of shared layers that a fold makes first."""
@@ -214,7 +257,7 @@ class Plan:
     def recipe(self) -> dict[str, Any]:
         """The changes as JSON-able data, for :func:`normswap.apply_recipe` on a fresh model."""
         unshare = {"unshare": self.unsharing.to_dict()} if self.unsharing else {}
-        return {
+        recipe = {
             "format": RECIPE_VERSION,
             "normswap": __version__,
             "torch": str(torch.__version__),
@@ -222,6 +265,7 @@ class Plan:
             **unshare,
             "steps": [change.step() for change in self.changes],
         }
+        return {**recipe, "merges": [merge.step() for merge in self.merges]} if self.merges else recipe
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -230,6 +274,7 @@ class Plan:
             "skips": [skip.to_dict() for skip in self.skips],
             "notes": list(self.notes),
             **({"new_bytes": self.new_bytes} if self.unsharing else {}),
+            **({"merges": [merge.step() for merge in self.merges]} if self.merges else {}),
             "recipe": self.recipe,
         }
 
@@ -257,7 +302,9 @@ class Plan:
                 *([c.evidence] if c.evidence != "static" else []),
             ]
             rows.append((_names(c.name, c.aliases), str(c.source), c.becomes, c.exactness, "; ".join(remarks)))
+        counts += f", {len(self.merges)} sums of branches merged" if self.merges else ""
         lines = [f"plan to {self.operation}: {counts}", *_table(rows)]
+        lines += ["", *(f"merged: {merge}" for merge in self.merges)] if self.merges else []
         if self.skips:
             skipped = [(_names(s.name, s.aliases), s.was, s.reason) for s in self.skips]
             lines += ["", *_table([("skipped", "is", "reason"), *skipped])]

@@ -32,7 +32,8 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool =
     target = model if inplace else copy_model(model)
     if recipe.get("operation") == "fold":
         unshare = recipe.get("unshare")
-        return replay(target, steps, None if unshare is None else Unsharing.from_dict(unshare))
+        unsharing = None if unshare is None else Unsharing.from_dict(unshare)
+        return replay(target, steps, unsharing, _merges(recipe))
     sites = {name: site for site in survey(references(target)) for name in (site.name, *site.aliases)}
     changes = [_change(step, sites) for step in steps]
     return apply_changes(target, changes)[0]
@@ -60,6 +61,21 @@ def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             raise NormswapError(f"step {index} of the recipe changes {step['name']!r} a second time")
         names.add(step["name"])
     return list(steps)
+
+
+def _merges(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    merges = recipe.get("merges", [])
+    if not isinstance(merges, (list, tuple)) or not all(_well_formed_merge(merge) for merge in merges):
+        raise NormswapError("the recipe's 'merges' are malformed: each needs holder, host and absorbs (names)")
+    return [{**merge, "absorbs": list(merge["absorbs"])} for merge in merges]
+
+
+def _well_formed_merge(merge: Any) -> bool:
+    if not isinstance(merge, Mapping) or merge.keys() != {"holder", "host", "absorbs"}:
+        return False
+    absorbs = merge["absorbs"]
+    named = isinstance(absorbs, (list, tuple)) and all(isinstance(name, str) for name in absorbs)
+    return named and isinstance(merge["holder"], str) and isinstance(merge["host"], str)
 
 
 def _well_formed_fold(step: Any) -> bool:

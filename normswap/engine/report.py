@@ -15,7 +15,7 @@ def report(plan: Plan) -> None:
     """Log the skips; warn when a plan changes nothing."""
     for skip in plan.skips:
         logger.info("%s: skipped %s (%s): %s", plan.operation, skip.name, skip.was, skip.reason)
-    if not plan.changes:
+    if not plan.changes and not plan.merges:
         message = "the model has no normalization"
         if plan.skips:
             first = plan.skips[0]

@@ -44,6 +44,8 @@ class Options:
     """The affine of norms that compute their statistics from each input moves into the layers that read them."""
     unshare: bool = False
     """Layers that several places call get a copy for each need."""
+    merge_branches: bool = False
+    """Sums of parallel branches become one convolution first."""
 
 
 @dataclass
@@ -532,7 +534,7 @@ class Search:
         channels = layer.outputs if side == "output" else layer.inputs
         if affine.channels != channels:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
-        if (reason := self._unfit(module)) is not None:
+        if (reason := self.unfit(module)) is not None:
             places = max(len(self.references[id(module)].names), len(self.flow.sites(module)))
             if id(module) in self.tied or places > 1:
                 self.shared.add(id(module))
@@ -554,7 +556,8 @@ class Search:
         trial.reached.setdefault((id(module), layer.part), set()).add(node)
         return None
 
-    def _unfit(self, module: nn.Module) -> str | None:
+    def unfit(self, module: nn.Module) -> str | None:
+        """Why the weights of a layer must stay as they are, or ``None``."""
         if id(module) not in self.layer_reasons:
             self.layer_reasons[id(module)] = self._why_unfit(module)
         return self.layer_reasons[id(module)]

@@ -166,6 +166,8 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     if not _NORM_NAME.search(cls.__name__) or cls.__module__.startswith("torch.nn.utils"):
         return False
     inner = [child for child in module.modules() if child is not module]
+    if inner and all(isinstance(child, nn.Identity) for child in inner):
+        return False  # a fold took away what it held
     return not any(registry.registered(child) or isinstance(child, LINEAR_LAYERS) for child in inner)
 
 

@@ -83,10 +83,14 @@ def describe(module: nn.Module) -> Layer | str:
         even = all(k == 1 for k in module.kernel_size) and all(s == 1 for s in module.stride) and not _padded(module)
         even = even and not any(module.output_padding)
     else:
-        pads_itself = any(path_of(parent) in _SELF_PADDED for parent in cls.__mro__)
-        even = not pads_itself and (module.padding_mode != "zeros" or not _padded(module))
+        even = not pads_itself(module) and (module.padding_mode != "zeros" or not _padded(module))
     kind: Literal["conv", "transposed"] = "transposed" if transposed else "conv"
     return Layer(kind, spatial, module.in_channels, module.out_channels, module.groups, even)
+
+
+def pads_itself(module: nn.Module) -> bool:
+    """Whether a layer pads its input in its own ``forward``, by amounts that its attributes do not tell."""
+    return any(path_of(parent) in _SELF_PADDED for parent in type(module).__mro__)
 
 
 def path_of(cls: type) -> str:

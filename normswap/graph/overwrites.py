@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -73,10 +73,13 @@ class Overwrites:
         self.writers = [node for node in region.graph.nodes if written(region, node)]
         self.places = [self.order[node] for node in self.writers]
 
-    def between(self, node: fx.Node, readers: set[fx.Node]) -> fx.Node | None:
-        """Who may write to what ``node`` takes, or what shares its memory, after it and before all ``readers`` ran."""
+    def between(self, node: fx.Node, readers: set[fx.Node], known: Set[fx.Node] = frozenset()) -> fx.Node | None:
+        """Who may write to what ``node`` takes, or what shares its memory, after it and before all ``readers`` ran.
+
+        ``known`` are writers that do no harm."""
         until = max((self.order[reader] for reader in readers if reader in self.order), default=-1)
-        near = self.writers[bisect_right(self.places, self.order[node]) : bisect_left(self.places, until)]
+        span = self.writers[bisect_right(self.places, self.order[node]) : bisect_left(self.places, until)]
+        near = [writer for writer in span if writer not in known]
         if not near:
             return None
         shared = _shared(self.region, node, self.vanished)

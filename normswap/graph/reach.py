@@ -128,10 +128,32 @@ def _methods(cls: type, name: str) -> Iterator[Any]:
             yield value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
-def _all_methods(cls: type) -> Iterator[Any]:
+def _all_methods(cls: type, prefix: str = "") -> Iterator[Any]:
     for base in cls.__mro__:
         if not base.__module__.startswith("torch.") and base is not object:
-            yield from (value for name, value in vars(base).items() if name != "__init__" and callable(value))
+            named = ((name, value) for name, value in vars(base).items() if name.startswith(prefix))
+            yield from (value for name, value in named if name != "__init__" and callable(value))
+
+
+def _prefix(behind: list[dis.Instruction], this: str) -> str | None:
+    """How the name in ``getattr(self, name)`` begins, where it is written out: ``"norm"`` in ``f"norm{index}"``;
+    ``None`` in ``getattr(self.child, name)``, which gives no method of ``self``."""
+    if len(behind) < 3:
+        return ""
+    if behind[0].argval == "getattr":  # of what another one gives
+        behind = behind[1:]
+    if not behind[0].opname.startswith("LOAD_FAST") or behind[0].argval != this:
+        return ""
+    if (behind[1].opname == "LOAD_ATTR" and behind[1].argval != "__class__") or len(behind) < 3:
+        return None
+    if behind[1].opname == "LOAD_ATTR":
+        return ""
+    text, then = behind[1], behind[2]
+    if text.opname != "LOAD_CONST" or not isinstance(text.argval, str):
+        return ""
+    if then.opname in ("LOAD_ATTR", "LOAD_METHOD") and then.argval != "format":
+        return ""
+    return text.argval.partition("{")[0].partition("%")[0]
 
 
 def _of_value(value: Any, cls: type, seen: set[Any], depth: int) -> Reach:
@@ -188,7 +210,8 @@ def _of_code(
     used = set(code.co_names)
     generated = code.co_filename.startswith("<eval_with_key>")  # by FX, in which getattr only names a child
     if used & _LOOKS_AT and not generated:
-        found.asked |= {text for constant in code.co_consts for text in _texts(constant)}
+        texts = {text for constant in code.co_consts for text in _texts(constant)}
+        found.asked |= {text for text in texts if not text.isdigit()}  # getattr(self.blocks, "1")
     found.tricks |= used & (_BY_NAME | _ALL_MODULES)
     if used & _ALL_TENSORS and "next" not in used:  # next(self.parameters()).device is common and harmless
         found.tricks |= used & _ALL_TENSORS
@@ -205,7 +228,8 @@ def _of_code(
             current, child = names.get(value, getattr(builtins, value, None)), None
             super_pending = super_pending or current is super
             if current is getattr and this is not None and not generated:  # a method may be chosen by name
-                for method in _all_methods(cls):
+                prefix = _prefix(instructions[index + 1 : index + 4], this)
+                for method in () if prefix is None else _all_methods(cls, prefix):
                     found.update(_of_value(method, cls, seen, depth - 1))
                 _note_getattr(found, instructions[index + 1 : index + 4], this)
             found.update(_of_value(current, cls, seen, depth - 1))

@@ -139,7 +139,7 @@ def _function(source: Source) -> Callable[..., Any]:
 
 
 class Lifted:
-    """Mix-in of a class whose functional norms were lifted into submodules; copied and pickled by its base and code."""
+    """Mix-in of a class whose ``forward`` was generated; copied and pickled by its base and code."""
 
     lifted_base: type[nn.Module]
     lifted_sources: tuple[Source, ...]
