@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 import normswap
 import tests.zoo.schemas  # noqa: F401  before timm
@@ -353,10 +353,14 @@ def test_hooks_are_never_folded_away(index: int) -> None:
     assert "hooks" in (plan.skips[0].reason if plan.skips else plan.changes[0].notes[0])
 
 
-def test_parametrized_layers_are_left() -> None:
+def test_layers_with_an_unknown_parametrization_are_left() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
     model = pair()
-    parametrizations.weight_norm(model[0])
-    guarded(model)
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    assert "its weight is parametrized by Doubled" in guarded(model).changes[0].notes[0]
 
 
 def test_tied_weights_are_left() -> None:

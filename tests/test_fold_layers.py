@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+import normswap
 import tests.zoo.schemas  # noqa: F401  before timm
 from normswap.errors import NormswapError
 from normswap.fold import layers
 from normswap.fold.affine import Affine
 from normswap.fold.layers import Layer, absorb, describe
+from tests.test_fold import randomised, same
 
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -173,6 +177,147 @@ def test_layers_that_are_known() -> None:
     check_both_sides(NonDynamicallyQuantizableLinear(3, 4), values(2, 3))
 
 
+# --- tables and products ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@pytest.mark.parametrize("chunk", [layers._CHUNK, 7])
+def test_embedding(monkeypatch: pytest.MonkeyPatch, padding_idx: int | None, chunk: int) -> None:
+    """The row of the padding index too: a norm behind it moves it away from zero."""
+    monkeypatch.setattr(layers, "_CHUNK", chunk)
+    module = nn.Embedding(5, 4, padding_idx=padding_idx).double()
+    ids, given, before = torch.tensor([[0, 2, 4], [2, 2, 1]]), affine(4), state(module)
+    wanted = applied(given, module(ids), -1).detach()
+    restore = absorb(module, known(module), given, "output")
+    torch.testing.assert_close(module(ids).detach(), wanted, rtol=1e-12, atol=1e-12)
+    assert not hasattr(module, "bias")
+    restore()
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert not hasattr(module, "bias")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_take_a_scale_but_no_shift(mode: str) -> None:
+    """The second bag is empty, and gives zeros whatever the rows are."""
+    module = nn.EmbeddingBag(5, 4, mode=mode).double()
+    layer, ids, offsets = known(module), torch.tensor([0, 2, 4, 1]), torch.tensor([0, 3, 3])
+    given = affine(4, shift=False)
+    if mode == "max":
+        assert layer.refuses(given, "output") == "takes a maximum, and the scale has negative channels"
+        given = Affine(given.scale.abs(), given.shift)
+    assert layer.refuses(given, "output") is None
+    assert "empty bag" in str(layer.refuses(affine(4), "output"))
+    wanted = applied(given, module(ids, offsets)).detach()
+    absorb(module, layer, given, "output")
+    torch.testing.assert_close(module(ids, offsets).detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bilinear(bias: bool) -> None:
+    module = nn.Bilinear(3, 4, 5, bias=bias).double()
+    a, b, given, before = values(6, 2, 3), values(6, 2, 4, seed=1), affine(5), state(module)
+    wanted = applied(given, module(a, b), -1).detach()
+    restore = absorb(module, known(module), given, "output")
+    torch.testing.assert_close(module(a, b).detach(), wanted, rtol=1e-12, atol=1e-12)
+    restore()
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert (module.bias is not None) == bias
+    assert "another input" in str(known(module).refuses(affine(3, shift=False), "input"))
+
+
+class Lookup(nn.Module):
+    """A table in front of a norm."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.layer(ids))
+
+
+class Product(Lookup):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.norm(self.layer(a, b))
+
+
+class Tokens(Lookup):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.layer(ids).transpose(1, 2))
+
+
+IDS = torch.tensor([[0, 2, 4], [2, 2, 1]])
+TABLES: dict[str, tuple[Any, Any, tuple[Tensor, ...], bool, str | None]] = {
+    "rows": (Lookup, lambda: nn.Embedding(5, 4, padding_idx=2), (IDS[0],), True, None),
+    "tokens": (Tokens, lambda: nn.Embedding(5, 4), (IDS,), True, None),
+    "another axis": (Lookup, lambda: nn.Embedding(5, 3), (IDS,), True, "the norm's channels are another axis"),
+    "rescaled": (Lookup, lambda: nn.Embedding(5, 4, max_norm=1.0), (IDS[0],), True, "max_norm rescales its rows"),
+    "bag": (Lookup, lambda: nn.EmbeddingBag(5, 4), (IDS,), False, None),
+    "bag with a shift": (Lookup, lambda: nn.EmbeddingBag(5, 4), (IDS,), True, "gives zeros for an empty bag"),
+    "rescaled bag": (Lookup, lambda: nn.EmbeddingBag(5, 4, max_norm=1.0), (IDS,), False, "max_norm rescales"),
+    "product": (Product, lambda: nn.Bilinear(3, 2, 4), (values(5, 3), values(5, 2)), True, None),
+    "product without bias": (
+        Product,
+        lambda: nn.Bilinear(3, 2, 4, bias=False),
+        (values(5, 3), values(5, 2)),
+        True,
+        None,
+    ),
+    "product on another axis": (
+        Product,
+        lambda: nn.Bilinear(3, 2, 4),
+        (values(5, 4, 3), values(5, 4, 2)),
+        True,
+        "the norm's channels are another axis",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_norms_behind_tables_and_products(name: str) -> None:
+    cls, make, inputs, shift, reason = TABLES[name]
+    torch.manual_seed(0)
+    layer = make()
+    channels = 3 if name == "another axis" else 4
+    model = randomised(cls(layer, nn.BatchNorm1d(channels)), shift=shift)
+    model(*inputs)
+    before = state(model)
+    plan = normswap.plan_fold(model, example_inputs=inputs)
+    assert plan.changes[0].into == (("layer",) if reason is None else ()), plan
+    assert reason is None or reason in plan.changes[0].notes[0]
+    folded = plan.apply()
+    same(model, folded, *inputs)
+    plan.apply(inplace=True)
+    plan.undo()
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    if name == "bag":  # which needs no example_inputs
+        fresh = normswap.apply_recipe(copy.deepcopy(model), plan.recipe)
+        fresh.load_state_dict(folded.state_dict(), strict=True)
+
+
+def test_norms_in_front_of_tables_and_products_stay() -> None:
+    class Behind(Lookup):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.norm(x.relu()), x)
+
+    model, x = randomised(Behind(nn.Bilinear(3, 3, 4), nn.BatchNorm1d(3)), shift=False), values(5, 3)
+    plan = normswap.plan_fold(model, example_inputs=(x,))
+    assert "multiplies it with another input" in plan.changes[0].notes[0]
+    same(model, plan.apply(), x)
+
+
+def test_tables_in_half_precision() -> None:
+    module = nn.Embedding(3, 2).half()
+    module.weight.data.fill_(40000.0)
+    ones = torch.ones(2).double()
+    assert not layers.may_overflow(module, Affine(ones, ones))
+    assert layers.may_overflow(module, Affine(ones, 30000 * ones))
+    with pytest.raises(NormswapError, match="not finite in float16"):
+        absorb(module, known(module), Affine(ones, 30000 * ones), "output")
+    assert float(module.weight.detach().min()) == 40000.0
+
+
 def _own_forward() -> nn.Module:
     class Squared(nn.Conv2d):
         def forward(self, input: Tensor) -> Tensor:
@@ -204,9 +349,11 @@ def _patched() -> nn.Module:
 
 
 def _quantization_aware() -> nn.Module:
-    from timm.layers import ScaledStdConv2d
+    class Rounded(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, torch.fake_quantize_per_tensor_affine(self.weight, 0.1, 0, -128, 127), self.bias)
 
-    return ScaledStdConv2d(3, 3, 1)
+    return Rounded(3, 3)
 
 
 @pytest.mark.parametrize("make", [_own_forward, _own_conv_forward, _own_call, _patched, _quantization_aware])
@@ -325,10 +472,16 @@ def test_a_buffer_for_a_weight_is_folded_too() -> None:
     torch.testing.assert_close(module(x).detach(), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_parametrized_layers_are_described_but_the_engine_keeps_them_away() -> None:
-    """``absorb`` would write to a tensor that is computed anew; the guard is the engine's, see tests of guards."""
-    module = parametrizations.weight_norm(nn.Linear(3, 3))
-    assert isinstance(describe(module), Layer)
+def test_a_parametrized_layer_is_made_plain_first() -> None:
+    """Its weight is computed anew at each call: what is written to it would be lost."""
+    module = parametrizations.weight_norm(nn.Linear(3, 4)).double()
+    x, given, before = values(2, 3), affine(4), state(module)
+    wanted = applied(given, module(x)).detach()
+    restore = absorb(module, known(module), given, "output")
+    assert type(module) is nn.Linear
+    torch.testing.assert_close(module(x).detach(), wanted, rtol=1e-12, atol=1e-12)
+    restore()
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
 # --- the affine itself -----------------------------------------------------------------------------------------------

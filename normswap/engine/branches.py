@@ -20,6 +20,7 @@ from normswap.engine.plan import Merge
 from normswap.engine.search import Search, watched
 from normswap.engine.sites import Site
 from normswap.errors import Refusal
+from normswap.fold import bake
 from normswap.fold.affine import Affine
 from normswap.fold.branches import Sum, Taps, itself, joined, taps_of
 from normswap.fold.passages import Flow, label
@@ -85,6 +86,8 @@ class _Finder:
         return self._layers[id(module)]
 
     def _without_weight(self, module: nn.Module) -> str | None:
+        if (how := bake.computed(module)) is not None:
+            return f"{self.name(module)} computes its weight ({how.words}): fold without merge_branches first"
         weight = module._parameters.get("weight")
         if weight is None or nn.parameter.is_lazy(weight) or "bias" not in module._parameters:
             return f"the weight and bias of {self.name(module)} are no parameters with values"

@@ -11,9 +11,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normswap.errors import NormswapError
+from normswap.fold.bake import hooked_names
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type})
 _TABLES = (OrderedDict, dict, set, list)
@@ -73,7 +74,9 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = copied
     state = vars(copied)
     for name, value in vars(module).items():
-        if name != "_compiled_call_impl":  # of module.compile(): it would run the original
+        if isinstance(value, Tensor) and value.grad_fn is not None and name in hooked_names(module):
+            state[name] = value.detach().clone()  # torch does not copy it, and a hook computes it before each call
+        elif name != "_compiled_call_impl":  # of module.compile(): it would run the original
             state[name] = _copy(value, memo)
     return copied
 

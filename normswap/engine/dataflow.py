@@ -147,7 +147,9 @@ class Dataflow:
         return any(self._uncovered(name) for name in self.references[id(module)].names)
 
     def unsettled(self, module: nn.Module, places: list[Place] | None = None) -> str | None:
-        """Why the calls of a module in the graphs, or ``places``, may not be all of its calls, or ``None``."""
+        """Why the calls of a module in the graphs may not be all of its calls, or ``None``.
+
+        ``places``: the reads of a parameter by the module's own code, which stand for its calls."""
         if id(module) in self.doubts:
             return self.doubts[id(module)]
         places = self.sites(module) if places is None else places
@@ -167,9 +169,8 @@ class Dataflow:
             if flow.region.name and (reason := self._reached_from_outside(flow, str(node.target))) is not None:
                 return reason
         for name in self._aliases(module):
-            if not any(flow.region.qualified(str(node.target)) == name for flow, node in places) and self._uncovered(
-                name
-            ):
+            called = (flow.region.qualified(_called(node)) for flow, node in places)
+            if not any(above.rstrip(".") == name for above in called) and self._uncovered(name):
                 return f"it is {name} too, which no traced code calls; pass example_inputs to count its calls"
         return None
 
@@ -196,6 +197,19 @@ class Dataflow:
                     return f"the code of {holder} asks for a {cls.__name__}"
             for text in found.asked:
                 if (hasattr(module, text) and not hasattr(_PLAIN, text)) or text in type(module).__name__:
+                    return f"the code of {holder} asks for {text!r}"
+        return None
+
+    def asked_for_baked(self, module: nn.Module, becomes: type, gone: Set[str]) -> str | None:
+        """Why the code around a layer may take another path when it becomes plain and loses attributes."""
+        old, new = type(module), becomes
+        for holder, found in self.above(module):
+            for cls in found.classes:
+                if issubclass(old, cls) != issubclass(new, cls):
+                    return f"the code of {holder} asks for a {cls.__name__}"
+            for text in found.asked:
+                offered = text not in _TENSORS and hasattr(old, text) != hasattr(new, text)
+                if text in gone or offered or (text in old.__name__) != (text in new.__name__):
                     return f"the code of {holder} asks for {text!r}"
         return None
 
@@ -274,6 +288,11 @@ def _prefixes(name: str) -> list[str]:
 _PLAIN = nn.Identity()
 _TENSORS = frozenset({"weight", "bias", "running_mean", "running_var"})
 _READS_ANY = frozenset({"parameters", "named_parameters", "state_dict", "get_parameter", "__dict__"})
+
+
+def _called(node: fx.Node) -> str:
+    """The name, inside a region, of the module that a node calls or whose tensor it reads."""
+    return str(node.target).rpartition(".")[0] if node.op == "get_attr" else str(node.target)
 
 
 def _below(name: str, above: str) -> bool:

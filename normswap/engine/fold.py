@@ -13,7 +13,9 @@ from normswap.engine.report import report
 from normswap.engine.search import Options
 from normswap.engine.select import Selector
 from normswap.engine.sites import check_model, survey
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Refusal
+from normswap.fold import bake
+from normswap.fold.layers import Layer, describe
 from normswap.graph.references import references
 from normswap.graph.separate import Unsharing, separate
 
@@ -33,7 +35,8 @@ def plan_fold(
 
     ``where``, ``skip`` and ``example_inputs`` are as in :func:`normswap.plan_convert`. What no layer absorbs becomes a
     :class:`normswap.norms.affine.ChannelAffine`, with the reason in its notes; with ``keep_batchnorm`` it stays and is
-    a ``Skip``.
+    a ``Skip``. A layer that absorbs a norm and computes its weight (weight norm, spectral norm, pruning masks, weight
+    standardization) becomes a plain one, which the notes say.
 
     ``affine``: norms that compute their statistics from each input (layer, RMS, group, instance) give their weight and
     bias to the layers that read them, where all of those can take it, and stay without: as the same objects, with
@@ -116,7 +119,8 @@ def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequen
         )
     left = {name for name, to in outcomes.items() if to == "affine"}
     recorded = {step["name"]: step for step in steps if step["to"] == "bare"}
-    options = Options(affine=bool(recorded), merge_branches=bool(merges))
+    baked = {layer["name"] for step in steps for layer in step["layers"] if layer.get("baked")}
+    options = Options(affine=bool(recorded), merge_branches=bool(merges), bakes=baked)
     plan = planned(Request(model, lambda name, _norm: name in outcomes, None, None, options, left, recorded, merges))
     made = [merge.step() for merge in plan.merges]
     if lacking := [merge for merge in merges if merge not in made]:
@@ -130,10 +134,18 @@ def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequen
         name = sorted(lost)[0]
         raise NormswapError(f"the recipe folds {name!r}, but here it stays: {reasons[name]}")
     result = plan.apply(inplace=True)
+    for name in baked:  # a layer that took in another norm there than here
+        try:
+            bake.bake(result.get_submodule(name))
+        except (NormswapError, Refusal, AttributeError) as error:
+            plan.undo()
+            raise NormswapError(f"the recipe bakes {name!r}, but here that cannot be done: {error}") from error
     for layer in (layer for step in steps for layer in step["layers"] if layer["bias"]):
         module: Any = result.get_submodule(layer["name"])
         if module.bias is None:
-            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            described = describe(module)
+            assert isinstance(described, Layer)
+            outputs = described.outputs
             zeros = module.weight.new_zeros(outputs)
             module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
     return result

@@ -12,9 +12,9 @@ from normswap import registry
 from normswap.engine.carry import carry
 from normswap.engine.lifting import Lifts
 from normswap.engine.plan import Change, Step
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, Refusal
 from normswap.fold import attention, layers
-from normswap.fold.layers import Layer
+from normswap.fold.calls import Call
 from normswap.graph.references import Reference, references
 from normswap.graph.separate import Unsharing, separate
 from normswap.norms.affine import ChannelAffine
@@ -67,8 +67,8 @@ def _apply_one(
         if step.layer is None:
             continue
         try:
-            undo.append(_absorb(by_name[step.name].module, step.layer, step))
-        except NormswapError as error:
+            undo.append(_absorb(step, by_name))
+        except (NormswapError, Refusal) as error:
             raise NormswapError(
                 f"{change.name} into {step.name}: {error}; leave it out with skip={change.name!r}"
             ) from error
@@ -89,10 +89,22 @@ def _apply_one(
     return built
 
 
-def _absorb(module: nn.Module, layer: Layer, step: Step) -> Callable[[], None]:
-    if layer.part:
-        return attention.absorb(module, layer, step.affine)
-    return layers.absorb(module, layer, step.affine, step.side)
+def _absorb(step: Step, by_name: dict[str, Reference]) -> Callable[[], None]:
+    assert step.layer is not None
+    if step.layer.part:
+        return attention.absorb(by_name[step.name].module, step.layer, step.affine)
+    return layers.absorb(_layer(step, by_name), step.layer, step.affine, step.side)
+
+
+def _layer(step: Step, by_name: dict[str, Reference]) -> Any:
+    """The module of a layer, or the parameters that a function takes."""
+    if not step.parameters:
+        return by_name[step.name].module
+    parameters = []
+    for name in step.parameters:
+        holder, _, attribute = name.rpartition(".")
+        parameters.append(by_name[holder].module.get_parameter(attribute))
+    return Call(parameters[0], parameters[1] if len(parameters) > 1 else None, step.parameters)
 
 
 def _left(change: Change) -> nn.Module:

@@ -53,6 +53,8 @@ class Step:
     layer: Layer | None
     """``None`` for a norm in front that takes the affine into its own."""
     affine: Affine
+    parameters: tuple[str, ...] = ()
+    """Of a layer that a function computes: the names of its weight and, if it has one, of its bias."""
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Fold:
     left: Affine | None = None
     biased: dict[str, bool] = field(default_factory=dict)
     """Layers by name, and whether each has a bias afterwards."""
+    baked: dict[str, str] = field(default_factory=dict)
+    """Layers that are made plain first, by name, and what computed their weight."""
     order: int = 0
     """When it is made: a layer that takes in several norms takes in the nearest first."""
     bare: Bare | None = None
@@ -125,8 +129,13 @@ class Change:
             given = [{"name": name, "part": part, "bias": self.fold.biased.get(name, False)} for name, part in parts]
             return {**common, "bare": asdict(self.fold.bare), "layers": given}
         if self.fold is not None:
-            biased = [{"name": name, "bias": bias} for name, bias in self.fold.biased.items()]
-            return {**common, "layers": biased}
+            baked = self.fold.baked
+            biased = {**dict.fromkeys(baked, False), **self.fold.biased}
+            layers = [
+                {"name": name, "bias": bias, **({"baked": True} if name in baked else {})}
+                for name, bias in biased.items()
+            ]
+            return {**common, "layers": layers}
         return {
             **common,
             "options": {name: value for name, value in self.options.items() if _plain(value)},

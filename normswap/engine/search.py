@@ -7,29 +7,32 @@ its parameters, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from normswap import registry
 from normswap.engine import lifting
 from normswap.engine.affine_part import Part, part_of, read_besides
+from normswap.engine.calls import Calls
 from normswap.engine.dataflow import Dataflow
 from normswap.engine.plan import Change, Fold, Skip, Step
 from normswap.engine.sites import Site
-from normswap.errors import FixedArgument
-from normswap.fold import attention, layers, passages
+from normswap.errors import FixedArgument, NormswapError, Refusal
+from normswap.fold import attention, bake, layers, passages
 from normswap.fold.affine import Affine
+from normswap.fold.calls import Call, is_layer
 from normswap.fold.layers import Layer, Side
 from normswap.fold.passages import Flow, Need
 from normswap.graph.layouts import sensitive_reader
 from normswap.graph.overwrites import Overwrites
 from normswap.graph.reach import reach
+from normswap.graph.references import Reference
 from normswap.graph.shapes import argument, position
-from normswap.graph.trace import brief, has_plain_forward
+from normswap.graph.trace import LINEAR_LAYERS, brief, has_plain_forward
 from normswap.norms.bare import Bare
 from normswap.spec import Norm, scale_shift
 
@@ -46,6 +49,8 @@ class Options:
     """Layers that several places call get a copy for each need."""
     merge_branches: bool = False
     """Sums of parallel branches become one convolution first."""
+    bakes: Set[str] | None = None
+    """The names of the layers that may be made plain, if not all."""
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Trial:
 
     stays: bool = False
     """Whether the norm stays and gives away its affine only."""
-    absorbs: dict[tuple[int, Side, str], tuple[nn.Module, Layer, Affine]] = field(default_factory=dict)
+    absorbs: dict[tuple[int, Side, str], tuple[nn.Module | Call, Layer, Affine]] = field(default_factory=dict)
     """By the ``id`` of the layer's module, the side, and the part of the layer."""
     reached: dict[tuple[int, str], set[fx.Node]] = field(default_factory=dict)
     """Call sites by the ``id`` of the layer's module and the part of the layer."""
@@ -72,14 +77,14 @@ class Search:
         flow: Dataflow,
         found: dict[int, Any],
         options: Options,
-        path: Callable[[], Dataflow] | None,
-        recorded: Mapping[str, Mapping[str, Any]],
+        path: Callable[[], Dataflow] | None = None,
+        recorded: Mapping[str, Mapping[str, Any]] | None = None,
         joined: Mapping[int, str] | None = None,
     ) -> None:
         self.flow = flow
         self.path = path
         """Gives the dataflow of one real call."""
-        self.recorded = recorded
+        self.recorded = recorded or {}
         """Steps of a recipe, by the name of a norm that gave its affine away."""
         self.options = options
         self.joined = joined or {}
@@ -90,12 +95,13 @@ class Search:
         """Layers that the attempt at hand found shared."""
         self.blocked: dict[int, set[int]] = {}
         """Layers whose being shared is in the way of a norm, by its key."""
-        self.references = found
+        self.references = dict(found)
         self.owners: dict[int, list[nn.Module]] = {}
         for reference in found.values():
             for parameter in reference.module._parameters.values():
                 if parameter is not None:
                     self.owners.setdefault(id(parameter), []).append(reference.module)
+        self.calls = Calls(flow, self.references, self.owners)
         self.affines: dict[int, Affine] = {}
         """What each norm still to be placed computes, by ``id`` of its module or functional node."""
         self.parts: dict[int, Part] = {}
@@ -110,6 +116,8 @@ class Search:
         self.overwrites: dict[int, Overwrites] = {}
         self.biased: set[int] = set()
         """Layers without a bias that get one."""
+        self.baked: set[int] = set()
+        """Layers that computed their weight and are plain now."""
 
     def key(self, site: Site) -> int:
         return id(site.module)
@@ -210,9 +218,10 @@ class Search:
                 if "cannot be traced" in (reason := self.reasons[self.key(site)]) and "example_inputs" not in reason:
                     self.reasons[self.key(site)] = f"{reason}; pass example_inputs"
             return
-        traced = self.flow
+        traced, calls = self.flow, self.calls
         try:
             self.flow = self.path()
+            self.calls = Calls(self.flow, self.references, self.owners)
         except Exception as error:
             self.reasons.update({self.key(s): f"{self.reasons[self.key(s)]}; {brief(error)}" for s in left})
             return
@@ -223,7 +232,7 @@ class Search:
             self._attempt(site, self._given_away)
             if self.key(site) in self.given:
                 self.given[self.key(site)] += (note,)
-        self.flow, self.layer_reasons = traced, {}
+        self.flow, self.calls, self.layer_reasons = traced, calls, {}
 
     def _in_order(self, chosen: Sequence[Site]) -> list[Site]:
         order: dict[int, int] = {}
@@ -256,8 +265,13 @@ class Search:
         record = self.folds.setdefault(key, Fold(order=len(self.folds)))
         for (_, side, _), (module, layer, affine) in trial.absorbs.items():
             name = self.references[id(module)].name
-            record.steps.append(Step(name, side, layer, affine))
-            if layer.part:  # of an attention, which gets no bias
+            record.steps.append(Step(name, side, layer, affine, module.names if isinstance(module, Call) else ()))
+            if layer.part or isinstance(module, Call):  # of an attention, which gets no bias
+                continue
+            if id(module) not in self.baked and (how := bake.computed(module)) is not None:
+                self.baked.add(id(module))
+                record.baked[name] = how.words
+            if not layer.has_bias:
                 continue
             bias = getattr(module, "bias", None) is not None or id(module) in self.biased or not affine.no_shift
             if bias:
@@ -337,11 +351,33 @@ class Search:
                 if reason is not None:
                     return reason
                 continue
+            if is_layer(node):
+                if (reason := self._absorb_in_call(flow, need, node, trial)) is not None:
+                    return reason
+                continue
             outcome = passages.backward(flow, node, need.affine, need.axis)
             if isinstance(outcome, str):
                 return outcome
             pending.extend((inner, node) for inner in outcome)
         return None
+
+    def _absorb_in_call(self, flow: Flow, need: Need, node: fx.Node, trial: Trial) -> str | None:
+        found = self._call(flow, node)
+        if isinstance(found, str):
+            return found
+        call, layer = found
+        if not _channels_at(flow, node, need.axis, layer):
+            return f"{passages.label(flow, node)}: {_not_there(flow, node)}"
+        return self._absorb(call, layer, need.affine, "output", node, trial)
+
+    def _call(self, flow: Flow, node: fx.Node) -> tuple[Call, Layer] | str:
+        """The functional layer at a node, listed as the modules are."""
+        found = self.calls.at(flow, node)
+        if not isinstance(found, str) and id(found[0]) not in self.references:
+            call: Any = found[0]
+            self.references[id(call)] = Reference(call, [call.names[0]])
+            self.flow.calls[id(call)] = self.calls.places(call)
+        return found
 
     def _absorb_or_pass(
         self,
@@ -357,14 +393,9 @@ class Search:
         layer = layers.describe(module)
         if isinstance(layer, Layer):
             if not _channels_at(flow, node, need.axis, layer):
-                hint = (
-                    "the rank of its output is not known, pass example_inputs"
-                    if flow.shape(node) is None
-                    else "the norm's channels are another axis"
-                )
-                return f"{passages.label(flow, node)}: {hint}"
+                return f"{passages.label(flow, node)}: {_not_there(flow, node)}"
             return self._absorb(module, layer, need.affine, "output", node, trial)
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        if isinstance(module, _LAYERS):
             return f"{passages.label(flow, node)}: {layer}"
         if watched(module):
             return f"{passages.label(flow, node)} has hooks"
@@ -479,6 +510,13 @@ class Search:
                 if _uses(user, need.node) != 1:
                     return f"{passages.label(flow, user)} reads it twice"
                 layer = None if module is None else layers.describe(module)
+                if is_layer(user):
+                    found = self._call(flow, user)
+                    if isinstance(found, str):
+                        return found
+                    if (reason := self._read_by_layer(flow, need, *found, user, trial)) is not None:
+                        return reason
+                    continue
                 if module is not None and isinstance(layer, Layer):
                     if (reason := self._read_by_layer(flow, need, module, layer, user, trial)) is not None:
                         return reason
@@ -486,7 +524,7 @@ class Search:
                 if module is not None and (id(module) in self.gone and not follows(module)):
                     pending.append(Need(user, need.affine, need.axis))
                     continue
-                if module is not None and (watched(module) or isinstance(module, nn.modules.conv._ConvNd | nn.Linear)):
+                if module is not None and (watched(module) or isinstance(module, _LAYERS)):
                     return f"{passages.label(flow, user)}: {'it has hooks' if watched(module) else layer}"
                 outcome = passages.forward(flow, user, need.node, need.affine, need.axis)
                 if isinstance(outcome, str) and trial.stays and passages.pads_nothing(flow, user, need.node):
@@ -500,8 +538,12 @@ class Search:
         return None
 
     def _read_by_layer(
-        self, flow: Flow, need: Need, module: nn.Module, layer: Layer, user: fx.Node, trial: Trial
+        self, flow: Flow, need: Need, module: nn.Module | Call, layer: Layer, user: fx.Node, trial: Trial
     ) -> str | None:
+        if argument(user, 0, "input") is not need.node and isinstance(module, Call):
+            return f"{passages.label(flow, user)} reads it as a weight or a bias"
+        if (reason := layer.refuses(need.affine, "input")) is not None:
+            return f"{passages.label(flow, user)} {reason}"
         if not _channels_at(flow, need.node, need.axis, layer):
             return _elsewhere(flow, need, user)
         if not layer.shift_reaches_evenly and not need.affine.no_shift:
@@ -529,22 +571,27 @@ class Search:
     # --- layers ------------------------------------------------------------------------------------------------------
 
     def _absorb(
-        self, module: nn.Module, layer: Layer, affine: Affine, side: Side, node: fx.Node, trial: Trial
+        self, module: nn.Module | Call, layer: Layer, affine: Affine, side: Side, node: fx.Node, trial: Trial
     ) -> str | None:
+        name = self.references[id(module)].name
         channels = layer.outputs if side == "output" else layer.inputs
         if affine.channels != channels:
             return f"{type(module).__name__} has {channels} channels there, the norm {affine.channels}"
+        if (reason := layer.refuses(affine, side)) is not None:
+            return f"{name} {reason}"
         if (reason := self.unfit(module)) is not None:
-            places = max(len(self.references[id(module)].names), len(self.flow.sites(module)))
-            if id(module) in self.tied or places > 1:
+            if id(module) in self.tied or self._shared(module):
                 self.shared.add(id(module))
             return reason
         whole: Any = attention.projection(module, layer) if layer.part else module
         if layers.may_overflow(whole, affine):
-            dtype = str(whole.weight.dtype).removeprefix("torch.")
-            return f"the folded weights of {self.references[id(module)].name} may not be finite in {dtype}"
-        if getattr(whole, "bias", None) is None and not affine.no_shift and (reason := self.flow.asks_for_bias(module)):
-            return reason
+            dtype = str(bake.dtype_of(whole)).removeprefix("torch.")
+            return f"the folded weights of {name} may not be finite in {dtype}"
+        if layer.has_bias and getattr(whole, "bias", None) is None and not affine.no_shift:
+            if isinstance(module, Call):
+                return f"the call that uses {name} has no bias, which the shift needs"
+            if (reason := self.flow.asks_for_bias(module)) is not None:
+                return reason
         key: tuple[int, Side, str] = (id(module), side, layer.part)
         if key in trial.absorbs:
             if not trial.absorbs[key][2].same(affine):
@@ -556,47 +603,72 @@ class Search:
         trial.reached.setdefault((id(module), layer.part), set()).add(node)
         return None
 
-    def unfit(self, module: nn.Module) -> str | None:
+    def _shared(self, module: nn.Module | Call) -> bool:
+        """Whether a module is called at several places."""
+        if isinstance(module, Call):
+            return False
+        return max(len(self.references[id(module)].names), len(self.flow.sites(module))) > 1
+
+    def unfit(self, module: nn.Module | Call) -> str | None:
         """Why the weights of a layer must stay as they are, or ``None``."""
         if id(module) not in self.layer_reasons:
-            self.layer_reasons[id(module)] = self._why_unfit(module)
+            reason = self.calls.why_unfit(module) if isinstance(module, Call) else self._why_unfit(module)
+            self.layer_reasons[id(module)] = reason
         return self.layer_reasons[id(module)]
 
     def _bound(self, module: nn.Module) -> str | None:
         """Why the weights of a layer must stay as they are, whatever calls it."""
         name = self.references[id(module)].name
-        if watched(module):
-            return f"{name} has forward or backward hooks, which would see other values"
-        if parametrize.is_parametrized(module):
-            return f"{name} is parametrized"
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            owners = self.owners.get(id(parameter), [])
+        if hooks := bake.other_hooks(module):
+            return f"{name} has forward or backward hooks ({', '.join(hooks)}), which would see other values"
+        try:
+            how = bake.computed(module)
+        except Refusal as refusal:
+            return f"{name} is left: {refusal.reason}"
+        inside = {id(part) for part in module.modules()}
+        for tensor in _tensors(module, how):
+            owners = self.owners.get(id(tensor), [])
             if len(owners) > 1:
-                others = [self.references[id(o)].name for o in owners if o is not module] or [name]
+                others = [self.references[id(o)].name for o in owners if id(o) not in inside] or [name]
+                if how is not None:
+                    return f"{name} shares its weight with {others[0]}"
                 self.tied.add(id(module))
                 return f"{name} shares its weight with {others[0]}{self._way_out(id(module))}"
-            if parameter.is_meta:
+            if tensor.is_meta:
                 return f"{name} is on the meta device"
         return None
 
     def _why_unfit(self, module: nn.Module) -> str | None:
         if (reason := self._bound(module)) is not None:
             return reason
-        name = self.references[id(module)].name
-        if any(id(parameter) in self.flow.tensor_reads for parameter in module._parameters.values()):
+        name, how = self.references[id(module)].name, bake.computed(module)
+        gone = set() if how is None else how.gone
+        if any(id(tensor) in self.flow.tensor_reads for tensor in _tensors(module, how)):
             return f"the weight of {name} is also read directly"
         reads = {
             attribute
             for parent in self.references[id(module)].parents
             if not has_plain_forward(parent)  # which only computes the same by a fused kernel
             for child, attribute in reach(parent).child_reads
-            if parent._modules.get(child) is module and attribute in module._parameters
+            if parent._modules.get(child) is module
+            and (attribute in {*module._parameters, "weight", "bias", *gone} or _vanishes(module, how, attribute))
         }
         if reads:
             return f"the code around {name} reads its {sorted(reads)[0]}"
-        return self.flow.read_in_doubt(module) or self.flow.unsettled(module)
+        reason = self.flow.read_in_doubt(module, gone) or self.flow.unsettled(module)
+        return reason if reason is not None or how is None else self._why_not_baked(module, name, how)
+
+    def _why_not_baked(self, module: nn.Module, name: str, how: bake.Computed) -> str | None:
+        if self.options.bakes is not None and name not in self.options.bakes:
+            return f"the recipe leaves the {how.words} of {name}"
+        if (reason := self.flow.asked_for_baked(module, how.becomes, how.gone)) is not None:
+            return reason
+        try:
+            for source in how.sources.values():
+                source.parameter()
+        except NormswapError as error:
+            return f"{name}: {error}"
+        return None
 
     def outcome(self, site: Site) -> Change | Skip:
         key = self.key(site)
@@ -607,13 +679,15 @@ class Search:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = Norm(kind="identity", channels=norm.channels, pools=frozenset(), momentum=None, then=norm.then)
-            common |= {"notes": lifting.notes(site), "functional": site.functional}
+            baked = tuple(f"bakes the {words} of {name}" for name, words in record.baked.items())
+            common |= {"notes": (*baked, *lifting.notes(site)), "functional": site.functional}
             return Change(site.name, norm, target, "exact", "identity", into=into, fold=record, **common)
         if key in self.given:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = replace(norm, weight=None, bias=None)
-            notes = self.given[key]
+            baked = tuple(f"bakes the {words} of {name}" for name, words in record.baked.items())
+            notes = (*baked, *self.given[key])
             return Change(site.name, norm, target, "exact", "bare", notes=notes, into=into, fold=record, **common)
         reason = self.reasons[key]
         if key in self.parts:
@@ -654,6 +728,7 @@ def refused_outright(site: Site) -> str | None:
     return None
 
 
+_LAYERS = (*LINEAR_LAYERS, nn.EmbeddingBag)
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -671,7 +746,7 @@ def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:
     otherwise."""
     shape = flow.shape(node)
     if shape is None:
-        return axis == (-1 if layer.kind == "linear" else 1)
+        return axis == (1 if layer.spatial else -1)
     return axis % len(shape) == len(shape) - 1 - layer.spatial
 
 
@@ -680,6 +755,26 @@ def _elsewhere(flow: Flow, need: Need, user: fx.Node) -> str:
     if flow.shape(need.node) is None:
         return f"{reader}: it is not proved that it reads the norm's channels (example_inputs may)"
     return f"{reader} reads another axis than the norm's channels"
+
+
+def _not_there(flow: Flow, node: fx.Node) -> str:
+    """Why an axis of a layer's output is not, or not known to be, that of its channels."""
+    known = flow.shape(node) is not None
+    return (
+        "the norm's channels are another axis" if known else "the rank of its output is not known, pass example_inputs"
+    )
+
+
+def _tensors(module: nn.Module, how: bake.Computed | None) -> Iterator[Tensor]:
+    """What a layer computes with: its parameters, what its weight is computed from, and what a hook left there."""
+    sources = () if how is None else how.inputs
+    stale = (vars(module).get(attribute) for attribute in ("weight", "bias"))
+    yield from (tensor for tensor in (*module._parameters.values(), *sources, *stale) if tensor is not None)
+
+
+def _vanishes(module: nn.Module, how: bake.Computed | None, attribute: str) -> bool:
+    """Whether a class offers what the class of the plain layer does not."""
+    return how is not None and hasattr(type(module), attribute) and not hasattr(how.becomes, attribute)
 
 
 def _uses(user: fx.Node, node: fx.Node) -> int:

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from normswap.engine.plan import Plan
 from normswap.engine.search import Search
@@ -182,7 +183,7 @@ class _Taking:
     def _why_not(self, module: nn.Module, layer: bool) -> str | None:
         """Why a second object like this one would not do the same."""
         if any(value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)):
-            return "has hooks"
+            return "is parametrized" if parametrize.is_parametrized(module) else "has hooks"
         reference = self.found.get(id(module))
         if reference is not None:
             if reference.captured is not None:

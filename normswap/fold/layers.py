@@ -9,7 +9,11 @@ For :math:`y = W x + b` with a kernel W:
 
 The input side of a padded convolution sees the affine's shift in the interior but zeros in the padding, so it is exact
 only where :math:`t = 0`, nothing is padded, or the padding is made of data (reflect, replicate, circular). A transposed
-convolution spreads t unevenly over its output unless its kernel has one element."""
+convolution spreads t unevenly over its output unless its kernel has one element.
+
+A bilinear layer absorbs on its output side as a linear one does. The rows of an embedding are its outputs, :math:`W
+\leftarrow s \cdot W + t` along the columns. A bag of them may be empty, which gives zeros: :math:`t = 0` there, and
+:math:`s \ge 0` where it takes the maximum."""
 
 from __future__ import annotations
 
@@ -23,31 +27,35 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from normswap.errors import NormswapError
+from normswap.fold import bake
 from normswap.fold.affine import Affine
 
 Side = Literal["output", "input"]
 
 _PLAIN = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+    nn.Bilinear, nn.Embedding, nn.EmbeddingBag,
 )  # fmt: skip
 OWN_FORWARD: dict[str, type[nn.Module]] = {
     "timm.layers.conv2d_same.Conv2dSame": nn.Conv2d,
     "timm.layers.conv2d_same.Conv2dSameExport": nn.Conv2d,
     "timm.layers.linear.Linear": nn.Linear,
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": nn.Linear,
+    **dict.fromkeys(bake.STANDARDIZED, nn.Conv2d),
 }
-"""Classes with a ``forward`` of their own that still computes the plain layer, on an input they may pad with zeros."""
+"""Classes with a ``forward`` of their own that still computes the plain layer, on an input they may pad with zeros and
+with a weight they may standardize."""
 
-_SELF_PADDED = frozenset({"timm.layers.conv2d_same.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport"})
+_SELF_PADDED = frozenset(path for path in OWN_FORWARD if "2dSame" in path)
 
 
 @dataclass(frozen=True)
 class Layer:
     """What folding needs to know of a linear layer."""
 
-    kind: Literal["conv", "transposed", "linear"]
+    kind: Literal["conv", "transposed", "linear", "bilinear", "embedding"]
     spatial: int
-    """Number of spatial axes; 0 for a linear layer."""
+    """Number of spatial axes; 0 where the channels are the last axis."""
     inputs: int
     outputs: int
     groups: int
@@ -55,6 +63,24 @@ class Layer:
     """Whether a constant on an input channel gives a constant on every output channel."""
     part: str = ""
     """Which projection of an attention it is; empty for a layer of its own."""
+    bag: str | None = None
+    """How an embedding reduces the rows of a bag."""
+
+    @property
+    def has_bias(self) -> bool:
+        return self.kind != "embedding"
+
+    def refuses(self, affine: Affine, side: Side) -> str | None:
+        """Why it cannot absorb an affine that a convolution could."""
+        if side == "input" and self.kind == "embedding":
+            return "reads it as indices"
+        if side == "input" and self.kind == "bilinear":
+            return "multiplies it with another input"
+        if self.bag is not None and not affine.no_shift:
+            return "gives zeros for an empty bag, and the shift is not zero"
+        if self.bag == "max" and not affine.non_negative:
+            return "takes a maximum, and the scale has negative channels"
+        return None
 
 
 def describe(module: nn.Module) -> Layer | str:
@@ -76,6 +102,13 @@ def describe(module: nn.Module) -> Layer | str:
                 return f"{parent.__name__} has a forward of its own"
     if isinstance(module, nn.Linear):
         return Layer("linear", 0, module.in_features, module.out_features, 1, True)
+    if isinstance(module, nn.Bilinear):
+        return Layer("bilinear", 0, module.in1_features, module.out_features, 1, False)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if module.max_norm is not None:
+            return f"{cls.__name__} with max_norm rescales its rows when they are read"
+        bag = module.mode if isinstance(module, nn.EmbeddingBag) else None
+        return Layer("embedding", 0, module.num_embeddings, module.embedding_dim, 1, False, bag=bag)
     assert isinstance(module, _ConvNd)
     spatial = len(module.kernel_size)
     transposed = isinstance(module, _ConvTransposeNd)
@@ -90,7 +123,8 @@ def describe(module: nn.Module) -> Layer | str:
 
 def pads_itself(module: nn.Module) -> bool:
     """Whether a layer pads its input in its own ``forward``, by amounts that its attributes do not tell."""
-    return any(path_of(parent) in _SELF_PADDED for parent in type(module).__mro__)
+    own = any(path_of(parent) in _SELF_PADDED for parent in type(module).__mro__)
+    return own and bool(getattr(module, "same_pad", True))
 
 
 def path_of(cls: type) -> str:
@@ -109,10 +143,26 @@ _CHUNK = 1 << 18  # elements of a kernel held in float64 at a time
 def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[], None]:
     """Fold an affine into a layer's weight and bias, in place; returns what restores them, bit for bit.
 
-    Arithmetic is in float64, by parts of the kernel, cast once. Raises :class:`NormswapError` when a finite weight
-    would become non-finite, with the layer unchanged."""
+    A layer that computes its weight is made plain first. Arithmetic is in float64, by parts of the kernel, cast once.
+    Raises :class:`NormswapError` when a finite weight would become non-finite, with the layer unchanged, and
+    :class:`~normswap.errors.Refusal` when it is not known how the weight is computed."""
+    unbake = bake.bake(module)
+    try:
+        restore = _absorb(module, layer, affine, side)
+    except BaseException:
+        unbake()
+        raise
+
+    def back() -> None:
+        restore()
+        unbake()
+
+    return back
+
+
+def _absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[], None]:
     weight: nn.Parameter = module.weight
-    bias: nn.Parameter | None = module.bias
+    bias: nn.Parameter | None = module.bias if layer.has_bias else None
     scale, shift = affine.scale.to(weight.device), affine.shift.to(weight.device)
     with torch.no_grad():
         new_weight = torch.empty_like(weight)
@@ -127,7 +177,8 @@ def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[]
             group = torch.arange(start, start + part.shape[0], device=weight.device) // (rows // layer.groups)
             if side == "input":
                 new_bias = new_bias + _reached(part, group, layer, shift, start)
-            new_weight[start : start + step].copy_(part.mul_(_factor(part, group, layer, scale, side, start)))
+            part.mul_(_factor(part, group, layer, scale, side, start))
+            new_weight[start : start + step].copy_(part if layer.has_bias else part.add_(shift))
         cast_bias = new_bias.to(weight.dtype if bias is None else bias.dtype)
         if not (_finite(new_weight) and _finite(cast_bias)) and _finite(weight):
             raise NormswapError(f"the folded values are not finite in {str(weight.dtype).removeprefix('torch.')}")
@@ -136,14 +187,14 @@ def absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[]
         weight.data = new_weight.detach()
         if bias is not None:
             bias.data = cast_bias
-        elif not affine.no_shift:
+        elif layer.has_bias and not affine.no_shift:
             module.bias = nn.Parameter(cast_bias, requires_grad=weight.requires_grad)
 
     def restore() -> None:
         weight.data = old_weight
         if bias is not None and old_bias is not None:
             bias.data = old_bias
-        else:
+        elif layer.has_bias:
             module.bias = None
 
     return restore
@@ -159,21 +210,27 @@ def _finite(tensor: Tensor) -> bool:
 
 def may_overflow(module: Any, affine: Affine) -> bool:
     """Whether the folded values may exceed the range of a float16 layer; other dtypes have the range to spare."""
-    weight: Tensor = module.weight
-    if weight.dtype != torch.float16 or not weight.numel():
+    if bake.dtype_of(module) != torch.float16:
+        return False
+    weight = bake.weight_of(module)
+    if not weight.numel():
         return False
     largest = float(weight.detach().abs().max()) * float(affine.scale.abs().max())
-    return max(largest, float(affine.shift.abs().max())) > torch.finfo(weight.dtype).max
+    shift = float(affine.shift.abs().max())
+    added = largest + shift if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else max(largest, shift)
+    return added > torch.finfo(weight.dtype).max
 
 
 def _factor(part: Tensor, group: Tensor, layer: Layer, scale: Tensor, side: Side, start: int) -> Tensor:
     """What some rows of a kernel are multiplied by: rows are outputs, or inputs in a transposed convolution."""
     rows = part.shape[0]
+    if layer.kind == "embedding":
+        return scale
     if (side == "output") == (layer.kind != "transposed"):
         factor = scale[start : start + rows, None]
     else:
         factor = scale.reshape(layer.groups, -1)[group]  # (rows, the other side's channels of the row's group)
-    return factor.reshape(*factor.shape, *[1] * layer.spatial)
+    return factor.reshape(*factor.shape, *[1] * (part.dim() - 2))
 
 
 def _reached(part: Tensor, group: Tensor, layer: Layer, shift: Tensor, start: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -99,14 +100,20 @@ class _Functions(TorchFunctionMode):
         self.stack = stack
         self.inside = False
         self.owners: dict[int, set[int]] = {}
+        self.computing: set[int] = set()
         for module in stack[0].modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
+            own = [*module._parameters.values(), *module._buffers.values()]
+            if is_parametrized(module):
+                computes: Any = module.parametrizations
+                self.computing.update(id(inner) for inner in computes.modules())
+                own += [*computes.parameters(), *computes.buffers()]
+            for tensor in own:
                 if tensor is not None:
                     self.owners.setdefault(id(tensor), set()).add(id(module))
 
     def note_reads(self, func: Any, args: Any, kwargs: Any) -> None:
         """Tensors of modules that a function takes while another module's code runs."""
-        running = self.stack[-1]
+        running = next(module for module in reversed(self.stack) if id(module) not in self.computing)
         for tensor in values_read(func, args, kwargs):
             owners = self.owners.get(id(tensor))
             if owners is not None and id(running) not in owners:

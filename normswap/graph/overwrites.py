@@ -25,8 +25,9 @@ _NEW_FUNCTIONS: tuple[Any, ...] = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.pow, operator.matmul,
     operator.neg, torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.stack, torch.matmul,
     torch.bmm, torch.exp, torch.abs, torch.sqrt, torch.sigmoid, torch.tanh, torch.relu, torch.softmax, torch.mean,
-    torch.sum, torch.clone, F.conv1d, F.conv2d, F.conv3d, F.linear, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.gelu, F.softmax, F.sigmoid, F.tanh,
+    torch.sum, torch.clone, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+    F.linear, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.gelu, F.softmax,
+    F.sigmoid, F.tanh,
 )  # fmt: skip
 _NEW_METHODS = frozenset(
     {

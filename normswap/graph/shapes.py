@@ -134,8 +134,12 @@ def _of_module(module: nn.Module, shape: Shape | None) -> Value:
         keeps = shape is not None and not isinstance(module, _ConvTransposeNd) and _keeps_size(module)
         sizes = shape[2:] if keeps and shape is not None else [Symbol() for _ in range(spatial)]
         return (batch, module.out_channels, *sizes)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.Bilinear)):
         return None if shape is None else (*shape[:-1], module.out_features)
+    if isinstance(module, nn.Embedding):
+        return None if shape is None else (*shape, module.embedding_dim)
+    if isinstance(module, nn.EmbeddingBag):
+        return (Symbol(), module.embedding_dim)
     if registry.registered(module):
         return shape if shape is not None else _of_norm(module)
     if isinstance(module, (pooling._AvgPoolNd, pooling._MaxPoolNd, nn.Upsample)):
@@ -441,6 +445,13 @@ def _conv(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     return None if weight is None else (Symbol(), weight[0], *(Symbol() for _ in weight[2:]))
 
 
+def _conv_transpose(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    weight, groups = known(values, argument(node, 1, "weight")), argument(node, 6, "groups", 1)
+    if weight is None or not isinstance(weight[1], int) or not isinstance(groups, int):
+        return None
+    return (Symbol(), weight[1] * groups, *(Symbol() for _ in weight[2:]))
+
+
 def _matmul(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
     ours, theirs = (known(values, operand) for operand in _operands(node))
     if ours is None or theirs is None or len(ours) < 2 or ours[:-2] != theirs[:-2]:
@@ -483,3 +494,4 @@ _RULES |= dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptiv
 _RULES |= dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), _matmul)
 _RULES |= dict.fromkeys(("mean", torch.mean), _mean)
 _RULES |= {F.pad: _padded, F.linear: _linear, F.conv1d: _conv, F.conv2d: _conv, F.conv3d: _conv}
+_RULES |= dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _conv_transpose)
