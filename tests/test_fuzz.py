@@ -6,22 +6,41 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzzing import check
+from tests import fuzzing, fuzzing_source
 
-FOUND = {
+STEPS = {
     8: "a norm whose statistics another call reads",
     57: "a root that changes its input in place",
     68: "a norm whose weight is read, chosen by index",
     91: "methods chosen by name, in a forward that cannot be traced",
 }
+SOURCE = {
+    654: "a write in place through a view or a copy, by the memory layout",
+    958: "the same behind a transpose",
+    3102: "a number computed from parameters while a forward is traced",
+    3224: "undo of a function that is called without a bias",
+    3344: "the class of a norm whose forward calls the function",
+    3450: "a hook on the empty activation behind a norm",
+}
 
 
-@pytest.mark.parametrize("seed", FOUND)
-def test_found(seed: int) -> None:
-    check(seed)
+@pytest.mark.parametrize("seed", STEPS)
+def test_found_by_steps(seed: int) -> None:
+    fuzzing.check(seed)
+
+
+@pytest.mark.parametrize("seed", SOURCE)
+def test_found_by_source(seed: int) -> None:
+    fuzzing_source.check(seed)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31))
-def test_folding_changes_nothing(seed: int) -> None:
-    check(seed)
+def test_folding_networks_of_steps_changes_nothing(seed: int) -> None:
+    fuzzing.check(seed)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**31))
+def test_folding_networks_of_source_changes_nothing(seed: int) -> None:
+    fuzzing_source.check(seed)

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from normswap import registry
 from normswap.engine.expressions import Expressions, Operator
 from normswap.engine.plan import Merge
-from normswap.engine.search import Search, watched
+from normswap.engine.search import Search, follows, watched
 from normswap.engine.sites import Site
 from normswap.errors import Refusal
 from normswap.fold import bake
@@ -99,7 +99,7 @@ class _Finder:
         site = self.sites.get(id(module))
         if site is None or site.norm is None:
             return self.stays.get(id(module), "it is no norm with fixed statistics")
-        if any(not isinstance(follower, nn.Identity) for follower in site.norm.then):
+        if follows(module):
             return "it ends in an activation"
         if site.norm.channel_axis != 1:
             return "its channels are the last axis"

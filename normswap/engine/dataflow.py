@@ -189,14 +189,18 @@ class Dataflow:
                 return f"the code of {holder} cannot be traced and uses {sorted(tricks)[0]}; pass example_inputs"
         return None
 
-    def asked_for(self, module: nn.Module) -> str | None:
-        """Why the code around a module may take another path when a module of another class stands there."""
+    def asked_for(self, module: nn.Module, was: type | None = None) -> str | None:
+        """Why the code around a module may take another path when a module of another class stands there.
+
+        ``was``: the module's class, if it is another one for the time being."""
+        kind: Any = was or type(module)
         for holder, found in self.above(module):
             for cls in found.classes:
-                if isinstance(module, cls):
+                if issubclass(kind, cls):
                     return f"the code of {holder} asks for a {cls.__name__}"
             for text in found.asked:
-                if (hasattr(module, text) and not hasattr(_PLAIN, text)) or text in type(module).__name__:
+                offered = hasattr(module, text) or hasattr(kind, text)
+                if (offered and not hasattr(_PLAIN, text)) or text in kind.__name__:
                     return f"the code of {holder} asks for {text!r}"
         return None
 

@@ -44,7 +44,9 @@ def standing_in(found: dict[int, Reference], refuses: Callable[[Site], str | Non
         module.train(site.module.training)
         owners.setdefault(id(site.module), (site.forward, {}))[1][site.call.name] = module
         parents = tuple(found[id(site.module)].parents)
-        sites[site.name] = replace(site, module=module, owner=site.module, parents=parents)
+        sites[site.name] = replace(
+            site, module=module, owner=site.module, owner_class=type(site.module), parents=parents
+        )
     undo: list[Callable[[], None]] = []
     try:
         for forward, modules in owners.values():

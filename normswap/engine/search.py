@@ -160,7 +160,9 @@ class Search:
         assert site.owner is not None
         if (reason := lifting.tensors_needed(site)) is not None:
             return reason
-        if registry.registered(site.owner) and (reason := self.flow.asked_for(site.owner)) is not None:
+        was = site.owner_class
+        own_norm = was is not None and registry.reader_of(was) is not None
+        if own_norm and (reason := self.flow.asked_for(site.owner, was)) is not None:
             return reason
         if any(id(buffer) in self.flow.tensor_reads for buffer in site.module.buffers()):
             return "the code around it also reads its tensors directly"
@@ -738,7 +740,9 @@ def watched(module: nn.Module) -> bool:
 
 
 def follows(module: nn.Module) -> bool:
-    return registry.read(module).follows
+    """Whether something behind the norm in the same module changes its output, or sees it by a hook."""
+    norm = registry.read(module)
+    return norm.follows or any(watched(part) for follower in norm.then for part in follower.modules())
 
 
 def _channels_at(flow: Flow, node: fx.Node, axis: int, layer: Layer) -> bool:

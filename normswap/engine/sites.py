@@ -40,6 +40,7 @@ class Site:
     call: Call | None = field(default=None, repr=False)
     parents: tuple[nn.Module, ...] = field(default=(), repr=False)
     owner: nn.Module | None = field(default=None, repr=False)
+    owner_class: type | None = field(default=None, repr=False)
     """While a fold is planned: the module whose ``forward`` calls the functional norm that ``module`` stands in for."""
 
     @property

@@ -194,7 +194,7 @@ def _absorb(module: Any, layer: Layer, affine: Affine, side: Side) -> Callable[[
         weight.data = old_weight
         if bias is not None and old_bias is not None:
             bias.data = old_bias
-        elif layer.has_bias:
+        elif layer.has_bias and not affine.no_shift:
             module.bias = None
 
     return restore

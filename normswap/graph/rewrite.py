@@ -37,6 +37,7 @@ def traced_forward(module: nn.Module, why: str) -> TracedForward:
     Raises :class:`Refusal` when it cannot be traced, or does what a forward generated from the trace would not do.
     """
     forward = TracedForward(module, {})
+    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     was_training = module.training
     try:
         for training in (True, False):
@@ -51,6 +52,8 @@ def traced_forward(module: nn.Module, why: str) -> TracedForward:
                 raise Refusal(f"{why} and cannot be traced in {mode} mode ({brief(error)})") from error
             if any(node.op == "get_attr" and _written(node, traced.constants) for node in traced.graph.nodes):
                 traced.effects.append("writes into a tensor that it makes itself")
+            if traced.reads & own:
+                traced.effects.append("computes in Python with the values of its tensors, which the trace would freeze")
             if traced.effects:
                 told = ", ".join(traced.effects)
                 raise Refusal(f"{why}, and a generated one would not do what it does besides: it {told}")
