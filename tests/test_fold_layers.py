@@ -509,3 +509,29 @@ def test_affines_know_what_they_are() -> None:
     assert not Affine(one / zero, one).finite
     assert Affine(one, zero).same(Affine(one.clone(), zero.clone()))
     assert not Affine(one, zero).same(Affine(one, one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_16_bits_is_told(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval()
+    model[1].weight.data.uniform_(0.5, 2)
+    exact = normswap.fold(copy.deepcopy(model).to(dtype).double())[0].weight
+    model = model.to(dtype)
+    plan = normswap.plan_fold(model)
+    folded = plan.apply()[0].weight.detach()
+    lost = float((folded.double() - exact.detach()).norm() / exact.detach().norm())
+    assert plan.changes[0].notes == (f"rounding adds {lost:.1e} of the weight",)
+    assert torch.finfo(dtype).eps / 8 < lost < torch.finfo(dtype).eps / 2
+    assert not normswap.plan_fold(model.float()).changes[0].notes
+
+
+def test_a_weight_that_would_underflow_is_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    model[1].running_var.fill_(1e9)
+    model = model.half()
+    model[1].running_var = torch.full((4,), 1e9)
+    plan = normswap.plan_fold(model)
+    assert "of themselves to rounding in float16" in plan.changes[0].notes[0]
+    assert torch.equal(plan.apply()[0].weight, model[0].weight)

@@ -67,6 +67,8 @@ class Fold:
     """Layers by name, and whether each has a bias afterwards."""
     baked: dict[str, str] = field(default_factory=dict)
     """Layers that are made plain first, by name, and what computed their weight."""
+    rounding: float = 0.0
+    """The largest relative error that a layer's weight gets by rounding to 16 bits."""
     order: int = 0
     """When it is made: a layer that takes in several norms takes in the nearest first."""
     bare: Bare | None = None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -65,6 +66,8 @@ class Trial:
     """Call sites by the ``id`` of the layer's module and the part of the layer."""
     notes: dict[str, None] = field(default_factory=dict)
     """What it rests on besides; kept of norms that stay."""
+    rounding: float = 0.0
+    """The largest relative error of a weight in 16 bits."""
     composes: dict[int, Affine] = field(default_factory=dict)
     """What norms in front take in, by ``id`` of their module."""
 
@@ -265,6 +268,7 @@ class Search:
         else:
             self.gone.add(key)
         record = self.folds.setdefault(key, Fold(order=len(self.folds)))
+        record.rounding = trial.rounding
         for (_, side, _), (module, layer, affine) in trial.absorbs.items():
             name = self.references[id(module)].name
             record.steps.append(Step(name, side, layer, affine, module.names if isinstance(module, Call) else ()))
@@ -589,6 +593,11 @@ class Search:
         if layers.may_overflow(whole, affine):
             dtype = str(bake.dtype_of(whole)).removeprefix("torch.")
             return f"the folded weights of {name} may not be finite in {dtype}"
+        lost = layers.rounding(whole, layer, affine, side)
+        if lost > torch.finfo(bake.dtype_of(whole)).eps:
+            dtype = str(bake.dtype_of(whole)).removeprefix("torch.")
+            return f"the folded weights of {name} would lose {lost:.1e} of themselves to rounding in {dtype}"
+        trial.rounding = max(trial.rounding, lost)
         if layer.has_bias and getattr(whole, "bias", None) is None and not affine.no_shift:
             if isinstance(module, Call):
                 return f"the call that uses {name} has no bias, which the shift needs"
@@ -681,15 +690,13 @@ class Search:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = Norm(kind="identity", channels=norm.channels, pools=frozenset(), momentum=None, then=norm.then)
-            baked = tuple(f"bakes the {words} of {name}" for name, words in record.baked.items())
-            common |= {"notes": (*baked, *lifting.notes(site)), "functional": site.functional}
+            common |= {"notes": (*_made(record), *lifting.notes(site)), "functional": site.functional}
             return Change(site.name, norm, target, "exact", "identity", into=into, fold=record, **common)
         if key in self.given:
             record = self.folds[key]
             into = tuple(dict.fromkeys(step.name for step in record.steps))
             target = replace(norm, weight=None, bias=None)
-            baked = tuple(f"bakes the {words} of {name}" for name, words in record.baked.items())
-            notes = (*baked, *self.given[key])
+            notes = (*_made(record), *self.given[key])
             return Change(site.name, norm, target, "exact", "bare", notes=notes, into=into, fold=record, **common)
         reason = self.reasons[key]
         if key in self.parts:
@@ -709,6 +716,13 @@ class Search:
             fold=Fold(left=affine, order=len(self.affines)),
             **common,
         )
+
+
+def _made(record: Fold) -> Iterator[str]:
+    """What a fold does to its layers besides."""
+    yield from (f"bakes the {words} of {name}" for name, words in record.baked.items())
+    if record.rounding:
+        yield f"rounding adds {record.rounding:.1e} of the weight"
 
 
 def _own_statistics(norm: Norm) -> str:
