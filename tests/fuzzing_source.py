@@ -839,8 +839,8 @@ def _finish(model: nn.Module, rng: random.Random) -> None:
         model.training = True
 
 
-def remember(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-    module.kept = output.detach().clone()
+def remember(module: nn.Module, _inputs: Any, output: Any) -> None:
+    module.kept = _pytree.tree_leaves(output)[0].detach().clone()
 
 
 def doubled(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -885,6 +885,21 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return worst
 
 
+def is_noise(model: nn.Module, batches: list[Tensor]) -> bool:
+    """Whether the last digits of weights and inputs decide the outputs: rounding divided by rounding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudged(tensor: Tensor) -> Tensor:
+        return tensor * (1 + 1e-14 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+
+    other = copy.deepcopy(model)
+    for tensor in (*other.parameters(), *other.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = nudged(tensor.data)
+    wanted = run(copy.deepcopy(model), batches)
+    return difference(run(other, [nudged(batch) for batch in batches]), wanted) > TOLERANCE
+
+
 def foldable(model: nn.Module) -> int:
     """Norm modules with statistics that are fixed in the mode they are in."""
     return sum(
@@ -922,13 +937,15 @@ def check(seed: int) -> Tally:
         same_size = batches[:2] if example else batches
         count = len(run(copy.deepcopy(model), same_size))
         error = difference(run(copy.deepcopy(folded), same_size), wanted[:count])
-        assert error <= TOLERANCE, f"relative error {error:.2e} {seen}\n{plan}\n{source(seed)}"
+        told = f"{seen}\n{plan}\n{source(seed)}"
+        assert error <= TOLERANCE or is_noise(model, same_size), f"relative error {error:.2e} {told}"
         tally.error = max(tally.error, error)
         if model.training:
             in_eval = copy.deepcopy(folded)
             in_eval.training = False
             error = difference(run(in_eval, same_size), wanted_in_eval[:count])
-            assert error <= TOLERANCE, f"relative error {error:.2e} in eval mode {seen}\n{plan}\n{source(seed)}"
+            settled = error <= TOLERANCE or is_noise(eval_model, same_size)
+            assert settled, f"relative error {error:.2e} in eval mode {told}"
         if not options:
             tally.foldable += foldable(model)
             tally.folded += sum(bool(change.into) for change in plan.changes)

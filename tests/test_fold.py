@@ -643,3 +643,22 @@ def test_a_piece_that_is_read_twice() -> None:
     assert [change.into for change in plan.changes] == [(), ("conv",)]
     assert "is also read by" in plan.changes[0].notes[0]
     same(model, plan.apply(), image(2, 3, 5, 5))
+
+
+class AnotherShape(nn.Module):
+    """A difference of a map and its means, in shapes that no graph tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).reshape(x.shape).tanh()
+        return self.norm(x - x.mean((2, 3), keepdim=True))
+
+
+def test_a_shape_that_is_not_known_is_not_taken_for_a_size() -> None:
+    model = randomised(AnotherShape()).double()
+    plan = normswap.plan_fold(model)
+    assert "it is not proved that both branches have these channels" in plan.changes[0].notes[0]
+    same(model, plan.apply(), image(2, 4, 4, 5))

@@ -21,6 +21,7 @@ SOURCE = {
     3224: "undo of a function that is called without a bias",
     3344: "the class of a norm whose forward calls the function",
     3450: "a hook on the empty activation behind a norm",
+    20990: "a shape that is not known, taken for one size",
 }
 
 

@@ -599,7 +599,9 @@ def _same_layout(flow: Flow, node: fx.Node, axis: int, *operands: Any) -> bool:
     shape = flow.shape(node)
     for operand in operands:
         theirs = flow.shape(operand)
-        if shape is None or theirs is None or len(theirs) != len(shape) or theirs[axis] != shape[axis]:
+        if shape is None or theirs is None or len(theirs) != len(shape):
+            return False
+        if not -len(shape) <= axis < len(shape) or theirs[axis] != shape[axis]:
             return False
         if not isinstance(shape[axis], int):
             return False

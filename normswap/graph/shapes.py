@@ -299,6 +299,8 @@ def _reshape(node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         given = given[0]
     elif len(given) == 1 and isinstance(values.get(given[0]), list):
         given = values[given[0]]
+    elif len(given) == 1 and isinstance(given[0], fx.Node) and not isinstance(values.get(given[0]), (int, Symbol)):
+        return None  # it may be a whole shape
     if not all(isinstance(d, (int, Symbol, fx.Node)) for d in given):
         return None  # view(dtype)
     dims: list[Any] = [values.get(d) if isinstance(d, fx.Node) else d for d in given]
