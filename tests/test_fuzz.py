@@ -12,6 +12,7 @@ STEPS = {
     8: "a norm whose statistics another call reads",
     57: "a root that changes its input in place",
     68: "a norm whose weight is read, chosen by index",
+    200247: "a norm in train mode whose tensors a function reads as fixed ones",
     91: "methods chosen by name, in a forward that cannot be traced",
 }
 SOURCE = {
@@ -21,6 +22,7 @@ SOURCE = {
     3224: "undo of a function that is called without a bias",
     3344: "the class of a norm whose forward calls the function",
     3450: "a hook on the empty activation behind a norm",
+    100968: "a norm called by a method of a child whose own forward cannot be traced, and calls it too",
     20990: "a shape that is not known, taken for one size",
 }
 

@@ -168,6 +168,9 @@ class Dataflow:
         for flow, node in places:
             if flow.region.name and (reason := self._reached_from_outside(flow, str(node.target))) is not None:
                 return reason
+            for above in _prefixes(flow.region.qualified(_called(node)).rstrip("."))[:-1]:
+                if above in self.failed and _below(above, flow.region.name):
+                    return f"{above} cannot be traced ({self.failed[above]}) and may call it too; pass example_inputs"
         for name in self._aliases(module):
             called = (flow.region.qualified(_called(node)) for flow, node in places)
             if not any(above.rstrip(".") == name for above in called) and self._uncovered(name):

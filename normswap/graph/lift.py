@@ -94,12 +94,18 @@ def _holder(
     if len(parents) != 1 or not parent or parent in taken or not _only_holds(module, parent, paths):
         return None
     if any(n.op == "call_module" and n.target == parent for node in nodes.values() for n in node.graph.nodes):
-        try:
-            same = norm is not None and exactness(registry.read(module.get_submodule(parent)), norm) == "exact"
-        except Refusal:
-            same = False
-        return parent if same else None
+        return parent if norm is not None and _computes(module.get_submodule(parent), norm, module.training) else None
     return parent
+
+
+def _computes(holder: nn.Module, norm: Norm, training: bool) -> bool:
+    """Whether a module is a norm, in train and in eval mode, and in the mode that it is in."""
+    try:
+        own = registry.read(holder)
+    except Refusal:
+        return False
+    same_mode = norm.fixed or holder.training == training
+    return own.fixed == norm.fixed and same_mode and exactness(own, norm) == "exact"
 
 
 def _name(module: nn.Module, node: fx.Node, taken: set[str]) -> str:
