@@ -6,7 +6,7 @@ from normswap.errors import NormswapError, Refusal
 from normswap.onnx import export
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
-from normswap.verify import Verification, verify
+from normswap.verification import Verification, verify
 from normswap.version import __version__
 
 __all__ = [

@@ -27,8 +27,8 @@ from normswap.files import check_output
 from normswap.onnx.export import export as export_onnx
 from normswap.source import Source, check_destination, load_source, save_source
 from normswap.spec import Norm
-from normswap.verify import Verification
-from normswap.verify import verify as compare
+from normswap.verification import Verification
+from normswap.verification import verify as compare
 
 Backend = Literal["onnxruntime", "eager"]
 CHECK_FAILED = 1

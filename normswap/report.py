@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.engine import Plan, Site
-from normswap.verify import Verification
+from normswap.verification import Verification
 
 STYLES = {"exact": "green", "approximate": "yellow", "retrain": "magenta", "equivalent": "green", "NOT": "bold red"}
 """By a cell's text, or by the first word of a line."""

@@ -18,7 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from normswap.errors import NormswapError
 from normswap.onnx.export import export
-from normswap.verify import FACTOR, ULPS, Verification, flatten, verify
+from normswap.verification import Verification, verify
+from normswap.verification.criterion import FACTOR, ULPS
+from normswap.verification.outputs import flatten
 from tests.support import picture, randomise
 
 
@@ -478,7 +480,8 @@ class TestReport:
             record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
             assert record["equivalent"] is bool(found)
             assert len(record["rows"]) == len(found.rows) == 6
-            assert record["inputs"][1] == {"name": "seed 0, magnitude 1", "seed": 0, "magnitude": 1.0, "batch": None}
+            named = {"name": "seed 0, magnitude 1", "seed": 0, "magnitude": 1.0, "batch": None, "size": None}
+            assert record["inputs"][1] == named
             assert record["rows"][0]["output"] == "output"
 
     def test_numbers_that_json_lacks(self) -> None:

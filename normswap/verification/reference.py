@@ -1,0 +1,99 @@
+"""The side that is right: its outputs in its own dtype, in float64, and those of the run whose error is the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError
+from normswap.onnx.export import isolated, one_line
+from normswap.verification.criterion import FACTOR, FEW, MEAN_FACTOR, MEAN_ULPS, ULPS
+from normswap.verification.inputs import Arguments, Variation
+from normswap.verification.outputs import Outputs
+from normswap.verification.precision import call, call_in, cast
+
+WIDER = "error relative to the reference in its own dtype at most eps^(2/3): "
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the reference gives on one set of inputs."""
+
+    own: Outputs
+    wide: Outputs
+    """In float64; empty where there is no such run."""
+    noise: Outputs
+    """Of the run whose error is the noise floor: ``own``, or float32 for outputs in float64; empty likewise."""
+
+
+class Reference:
+    """A model, or a program that runs in its own dtype alone."""
+
+    def __init__(
+        self, model: nn.Module | None, own: Callable[[Arguments], Outputs] | None = None, name: str = ""
+    ) -> None:
+        self.model = model
+        self.name = name or type(model).__name__
+        self.copies: dict[torch.dtype, nn.Module] = {}
+        if own is None:
+            assert model is not None
+            copied = isolated(model, share=False)
+            own = lambda inputs: call(copied, inputs)  # noqa: E731
+        self.own = own
+        self.notes: list[str] = []
+        self.failure: str | None = None
+        """Why there is no float64 run."""
+        self.given: Answers | None = None
+
+    @property
+    def criterion(self) -> str:
+        if self.failure is not None:
+            return f"{WIDER}{self.failure}"
+        return (
+            f"error relative to the reference in float64 at most {FACTOR:g} noise floors (the reference's own error; "
+            f"{2 * FACTOR:g} for outputs of fewer than {FEW} values) + {ULPS:g} eps, and its root mean square at most "
+            f"{MEAN_FACTOR:g} + {MEAN_ULPS:g} eps"
+        )
+
+    def first(self, inputs: Arguments) -> None:
+        """Run on the given inputs; this decides which criterion holds.
+
+        Raises :class:`NormswapError` when the reference does not run."""
+        try:
+            own = self.own(inputs)
+        except Exception as error:
+            raise NormswapError(f"the reference {self.name} fails on example_inputs: {one_line(error)}") from error
+        if self.model is None:
+            self.failure = f"{self.name} is a file that runs in its own dtype only"
+            self.given = Answers(own, {}, {})
+            return
+        try:
+            self.given = self._with_wide(own, inputs)
+        except Exception as error:
+            self.failure = "the reference does not run in float64, so its noise floor is not known"
+            self.notes.append(f"the reference does not run in float64 ({one_line(error)}); the wider criterion is used")
+            self.given = Answers(own, {}, {})
+
+    def __call__(self, variation: Variation, inputs: Arguments) -> Answers:
+        if variation.name == "given" and self.given is not None:
+            return self.given
+        own = self.own(inputs)
+        return Answers(own, {}, {}) if self.failure is not None else self._with_wide(own, inputs)
+
+    def _with_wide(self, own: Outputs, inputs: Arguments) -> Answers:
+        wide = self._in(torch.float64, inputs)
+        doubles = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in own.values())
+        return Answers(own, wide, self._in(torch.float32, inputs) if doubles else own)
+
+    def _in(self, dtype: torch.dtype, inputs: Arguments) -> Outputs:
+        return call_in(self.copy_in(dtype), inputs, dtype)
+
+    def copy_in(self, dtype: torch.dtype) -> nn.Module:
+        """The model in another dtype."""
+        assert self.model is not None
+        if dtype not in self.copies:
+            self.copies[dtype] = cast(isolated(self.model, share=False), dtype)
+        return self.copies[dtype]
