@@ -157,7 +157,7 @@ class Block:
         if draw < 0.34:
             return f"nn.BatchNorm{d}d({channels}, track_running_stats=False)"
         if draw < 0.4:
-            return f"nn.GroupNorm(2, {channels})"
+            return f"nn.GroupNorm({2 - channels % 2}, {channels})"
         if draw < 0.45:
             return f"nn.SyncBatchNorm({channels})"
         affine = self.chance(0.9)

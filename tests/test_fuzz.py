@@ -23,6 +23,7 @@ SOURCE = {
     3344: "the class of a norm whose forward calls the function",
     3450: "a hook on the empty activation behind a norm",
     100968: "a norm called by a method of a child whose own forward cannot be traced, and calls it too",
+    201425: "a functional norm in a forward that untraceable code calls with an optional argument",
     20990: "a shape that is not known, taken for one size",
 }
 

@@ -172,6 +172,10 @@ class Search:
         failed = self.flow.failed.get(self.references[id(site.owner)].name, "")
         if failed.startswith(FixedArgument.__name__):
             return f"it is called with optional arguments, which a generated forward does not take ({failed})"
+        for flow in self.flow.flows:
+            doubt = self.flow.untrusted.get(id(flow.region)) or ""
+            if flow.region.module is site.owner and FixedArgument.__name__ in doubt:
+                return "code that cannot be traced calls its forward, whose optional arguments would be fixed"
         return self.flow.read_in_doubt(site.owner, lifting.attributes(site))
 
     def own(self, sites: Iterable[Site]) -> None:
