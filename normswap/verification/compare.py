@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.onnx.export import check_eval, check_inputs, export, isolated, one_line, training_modules
 from normswap.verification.criterion import Measured, Row, Tolerance, judge, measure, without_zeros
+from normswap.verification.diagnose import Diagnosis
 from normswap.verification.inputs import Arguments, Variation, Variations, load_inputs
 from normswap.verification.outputs import Outputs, finite
 from normswap.verification.reference import Answers, Reference
@@ -33,6 +34,7 @@ def verify(
     data: Data = (),
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
+    layers: bool = False,
 ) -> Verification:
     """Compare ``candidate`` with ``reference``.
 
@@ -50,6 +52,9 @@ def verify(
 
     ``atol`` and ``rtol``, one for all outputs or a mapping by output name, replace the criterion by
     ``|candidate - reference| <= atol + rtol * |reference|`` for every value, one that is not given being 0.
+
+    Where a run differs, its ``locations`` say where it first does, and its ``profiles`` hold the error along the depth;
+    ``layers=True`` asks for the profiles of equivalent runs too. Seeing into a run keeps all of its values in memory.
 
     Raises :class:`NormswapError` for misuse: wrong types, a reference that fails on ``example_inputs``, a tolerance for
     an output that is not there, and for ``"onnxruntime"`` a model in train mode, one that cannot be exported, and a
@@ -69,7 +74,7 @@ def verify(
     with tempfile.TemporaryDirectory() as folder:
         comparison = _Comparison(opened(reference), opened(candidate), example_inputs, backend, Path(folder))
         comparison.check_modes(candidate)
-        return comparison.run(more, tolerance)
+        return comparison.run(more, tolerance, layers)
 
 
 def _sets(data: Data) -> list[tuple[str, Arguments]]:
@@ -91,6 +96,8 @@ class _Comparison:
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
+        self.sets: dict[str, Arguments] = {}
+        """The sets of inputs that were compared, by name."""
 
     def check_modes(self, given: object) -> None:
         """Refuse, or note, what is compared in train mode."""
@@ -105,7 +112,7 @@ class _Comparison:
                 first = training[0] or "the model itself"
                 self.notes.append(f"the {role} is compared in train mode ({first}; {len(training)} modules in all)")
 
-    def run(self, more: Sequence[tuple[str, Arguments]], tolerance: Tolerance) -> Verification:
+    def run(self, more: Sequence[tuple[str, Arguments]], tolerance: Tolerance, layers: bool) -> Verification:
         truth = self._truth()
         truth.first(self.example_inputs)
         assert truth.given is not None
@@ -120,16 +127,21 @@ class _Comparison:
         given = [row for row in rows if row.inputs == kept[0].name]
         equivalent = bool(given) and all(row.verdict == "equivalent" for row in given)
         equivalent = equivalent and all(row.verdict != "different" for row in rows)
-        notes = tuple(dict.fromkeys(self.notes))
+        tensors = [name for name, value in truth.given.own.items() if isinstance(value, Tensor)]
+        diagnosis = Diagnosis(truth, rows, self.sets, tensors)
+        if layers or not equivalent:
+            diagnosis.look(runners, layers=layers)
+        notes = tuple(dict.fromkeys([*self.notes, *diagnosis.notes]))
+        places, profiles = tuple(diagnosis.locations), tuple(diagnosis.profiles)
         criterion = _criterion(truth, tolerance)
-        return Verification(equivalent, self.backend, criterion, tuple(rows), tuple(kept), notes)
+        return Verification(equivalent, self.backend, criterion, tuple(rows), tuple(kept), notes, places, profiles)
 
     def _truth(self) -> Reference:
         if isinstance(self.reference, nn.Module):
             return Reference(self.reference)
         runner = OnnxRunner(self.reference, optimized=False)
         runner.check(self.example_inputs)
-        return Reference(None, runner.named, self.reference.name)
+        return Reference(None, runner.named, self.reference)
 
     def _runners(self) -> list[Runner]:
         runners: list[Runner] = []
@@ -142,7 +154,8 @@ class _Comparison:
                 export(self.candidate, path, self.example_inputs, optimize=False, dynamic=True)
             except NormswapError as error:
                 export(self.candidate, path, self.example_inputs, optimize=False)
-                self.notes.append(f"only the given batch size is tried: {error}")
+                reason = str(error).replace(f"{path}: ", "")
+                self.notes.append(f"only the given batch size is tried: {reason}")
         else:
             path = self.candidate
         for optimized in (False, True):
@@ -167,6 +180,7 @@ class _Comparison:
                 self.notes.append(f"{variation.name}: left out, the reference is not finite on them")
                 continue
             kept.append(variation)
+            self.sets[variation.name] = inputs
             for runner in runners:
                 blank = Row(runner.name, "", variation.name)
                 try:

@@ -12,8 +12,15 @@ from torch import Tensor
 Outputs = dict[str, Any]
 
 
-def flatten(output: Any, name: str = "") -> Outputs:
-    """Leaves of a model's output by name: ``output`` for a lone tensor, ``output[0]``, keys, field names."""
+def flatten(output: Any) -> Outputs:
+    """Leaves of a model's output by name: ``output`` for a lone tensor, ``output[0]``, keys, field names.
+
+    Tensors are detached, on the CPU and dense; a float becomes one."""
+    return {name: _leaf(value) for name, value in leaves(output).items()}
+
+
+def leaves(output: Any, name: str = "") -> Outputs:
+    """As :func:`flatten`, the very objects."""
     if isinstance(output, Mapping):
         parts = [(f"{name}.{key}" if name else str(key), value) for key, value in output.items()]
     elif isinstance(output, tuple) and hasattr(output, "_fields"):
@@ -23,8 +30,8 @@ def flatten(output: Any, name: str = "") -> Outputs:
     elif is_dataclass(output) and not isinstance(output, type):
         parts = [(f"{name}.{f.name}" if name else f.name, getattr(output, f.name)) for f in fields(output)]
     else:
-        return {name or "output": _leaf(output)}
-    return {key: leaf for part, value in parts for key, leaf in flatten(value, part).items()}
+        return {name or "output": output}
+    return {key: leaf for part, value in parts for key, leaf in leaves(value, part).items()}
 
 
 def _leaf(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +34,13 @@ class Reference:
     """A model, or a program that runs in its own dtype alone."""
 
     def __init__(
-        self, model: nn.Module | None, own: Callable[[Arguments], Outputs] | None = None, name: str = ""
+        self, model: nn.Module | None, own: Callable[[Arguments], Outputs] | None = None, path: Path | None = None
     ) -> None:
         self.model = model
-        self.name = name or type(model).__name__
-        self.copies: dict[torch.dtype, nn.Module] = {}
-        if own is None:
-            assert model is not None
-            copied = isolated(model, share=False)
-            own = lambda inputs: call(copied, inputs)  # noqa: E731
-        self.own = own
+        self.path = path
+        self.name = type(model).__name__ if path is None else path.name
+        self.copies: dict[torch.dtype | None, nn.Module] = {}
+        self.own = own if own is not None else lambda inputs: call(self.copy_in(None), inputs)
         self.notes: list[str] = []
         self.failure: str | None = None
         """Why there is no float64 run."""
@@ -91,9 +89,10 @@ class Reference:
     def _in(self, dtype: torch.dtype, inputs: Arguments) -> Outputs:
         return call_in(self.copy_in(dtype), inputs, dtype)
 
-    def copy_in(self, dtype: torch.dtype) -> nn.Module:
-        """The model in another dtype."""
+    def copy_in(self, dtype: torch.dtype | None) -> nn.Module:
+        """A copy of the model in another dtype, or in its own."""
         assert self.model is not None
         if dtype not in self.copies:
-            self.copies[dtype] = cast(isolated(self.model, share=False), dtype)
+            copied = isolated(self.model, share=False)
+            self.copies[dtype] = copied if dtype is None else cast(copied, dtype)
         return self.copies[dtype]

@@ -14,6 +14,14 @@ from normswap.verification.inputs import Variation
 Cause = Literal["model", "exporter", "runtime", "runtime optimizations"]
 
 
+CAUSES: dict[Cause, str] = {
+    "model": "the candidate itself computes otherwise",
+    "exporter": "the exported graph computes something else than the module",
+    "runtime": "the runtime computes this node otherwise than ONNX's reference implementation",
+    "runtime optimizations": "the runtime's graph optimizations; without them the same file is right",
+}
+
+
 @dataclass(frozen=True)
 class Layer:
     """One value inside a network, in execution order, on one set of inputs."""
@@ -52,7 +60,7 @@ class Location:
         place = f"{self.name or 'the model itself'} ({self.kind})"
         told = f"{self.run}: first differs in {place}"
         told += f", {self.detail}" if self.detail else ""
-        return f"{told}; cause: the {self.cause}"
+        return f"{told}; cause: {CAUSES[self.cause]}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import NormswapError
-from normswap.onnx.export import check_model, one_line
+from normswap.onnx.export import check_model, one_line, quiet
 from normswap.verification.inputs import Arguments, Freedom
 from normswap.verification.outputs import Outputs
 from normswap.verification.precision import call
@@ -77,12 +77,8 @@ class OnnxRunner:
             if leaf.dtype == torch.bfloat16 or leaf.is_complex():
                 raise NormswapError(f"ONNX Runtime is not given {leaf.dtype} inputs here; use backend='eager'")
 
-    def feeds(self, inputs: Arguments) -> dict[str, Any]:
-        names = [entry.name for entry in self.session.get_inputs()]
-        return dict(zip(names, (leaf.detach().cpu().numpy() for leaf in _tensors(inputs)), strict=True))
-
     def __call__(self, inputs: Arguments, own: Outputs) -> Outputs:
-        values = [torch.from_numpy(value) for value in self.session.run(None, self.feeds(inputs))]
+        values = [torch.from_numpy(value) for value in self.session.run(None, feeds(self.session, inputs))]
         expected = [name for name, value in own.items() if isinstance(value, Tensor)]
         extra = [f"output {index}" for index in range(len(expected), len(values))]
         got = dict(zip([*expected, *extra], values, strict=False))
@@ -96,6 +92,12 @@ class OnnxRunner:
 
 def _tensors(inputs: Arguments) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def feeds(opened: Any, inputs: Arguments) -> dict[str, Any]:
+    """What a session is given for ``inputs``."""
+    names = [entry.name for entry in opened.get_inputs()]
+    return dict(zip(names, (leaf.detach().cpu().numpy() for leaf in _tensors(inputs)), strict=True))
 
 
 def runtime() -> Any:
@@ -123,7 +125,8 @@ def session(model: Path | bytes, *, optimized: bool, folder: Path | None = None)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
         source = model if isinstance(model, bytes) else str(model)
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with quiet():  # It prints before it raises.
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         name = model.name if isinstance(model, Path) else "the model"
         raise NormswapError(

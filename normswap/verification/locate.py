@@ -1,0 +1,338 @@
+"""Where a run first leaves the noise floor: the first call in it whose input is right and whose output is wrong.
+
+The two sides need not hold the same values inside. A fold moves a norm's affine, so that a convolution gives what the
+norm behind it gave, or a pooling layer what it gave but for a scale that the next convolution makes good. So a value
+is *right* when it is within what the criterion allows of the reference's value of the same name, or of any other value
+in the reference. A call whose output is not right is *cleared* when everything that reads it gives right outputs again,
+or is cleared. Of those that are left, the first in execution order is asked:
+
+- Does the reference's module of that name compute the same on the candidate's input? Then it is innocent, and the
+  search goes on behind it.
+- Is its input right? Then it is the place. Otherwise code between two calls is, in the module that holds both."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from normswap.verification.criterion import Row, judge, measure
+from normswap.verification.inputs import Arguments
+from normswap.verification.outputs import flatten
+from normswap.verification.precision import Precision, precision
+from normswap.verification.reference import Reference
+from normswap.verification.result import Layer
+from normswap.verification.tracing import Entry, Trace, tensors, trace
+
+AROUND = 3
+"""How many values before and behind a place are shown with it."""
+_RELATED = 0.01
+"""Share of a channel's deviation that may be left for two values to be related."""
+_PROBE = 256
+"""Values that are looked at first when two tensors are compared."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One value in the reference: in its own dtype, and in float64 where there is such a run."""
+
+    name: str
+    own: Tensor
+    wide: Tensor | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a value of the candidate compares with the reference."""
+
+    error: float | None = None
+    floor: float | None = None
+    excess: float | None = None
+    """``None`` where the reference has nothing to compare it with."""
+    like: str = ""
+    moved: bool = False
+    """Whether it agrees with a value of another place than its own."""
+
+    @property
+    def right(self) -> bool:
+        return self.excess is not None and self.excess <= 1
+
+    @property
+    def in_place(self) -> bool:
+        return self.right and not self.moved
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the search found."""
+
+    entry: Entry
+    name: str
+    kind: str
+    detail: str
+    position: int
+    """Of the entry in the trace."""
+
+
+def excess(got: Tensor, own: Tensor, wide: Tensor | None) -> Match:
+    """``got`` against one value of the reference, by the criterion of one set of inputs."""
+    row = Row("", "", "", shape=tuple(got.shape), dtype=str(got.dtype).removeprefix("torch."))
+    judged = judge([measure(row, own, wide, None if wide is None else own, got)])[0]
+    if judged.non_finite:
+        return Match(math.inf, judged.floor, math.inf)
+    return Match(judged.relative, judged.floor, judged.excess)
+
+
+class Values:
+    """The values of the reference, by place and by shape."""
+
+    def __init__(self, own: Trace, wide: Trace | None, inputs: Arguments) -> None:
+        self.by_place: dict[tuple[str, int, int], Truth] = {}
+        self.by_shape: dict[tuple[int, ...], list[Truth]] = defaultdict(list)
+        self.inputs: dict[tuple[str, int, int], Truth] = {}
+        self.kinds: dict[str, str] = {}
+        if wide is not None and _shape_of(wide) != _shape_of(own):
+            wide = None
+        for entry, exact in _pairs(own, wide):
+            self.kinds.setdefault(entry.name, entry.kind)
+            for index, value in enumerate(entry.outputs):
+                truth = Truth(entry.name, value, None if exact is None else exact.outputs[index])
+                if entry.placed:
+                    self.by_place[entry.name, entry.call, index] = truth
+                self.by_shape[tuple(value.shape)].append(truth)
+            for index, value in enumerate(entry.inputs if entry.placed else ()):
+                wide_input = None if exact is None else exact.inputs[index]
+                self.inputs[entry.name, entry.call, index] = Truth(entry.name, value, wide_input)
+        for value in tensors(inputs):
+            if value.is_floating_point():
+                value = value.detach().cpu()
+                self.by_shape[tuple(value.shape)].append(Truth("the input", value, value.double()))
+
+    @classmethod
+    def of(cls, reference: Reference, inputs: Arguments) -> Values:
+        """Those of a model."""
+        own = trace(reference.copy_in(None), inputs)
+        wide = None
+        if reference.failure is None:
+            wide = trace(reference.copy_in(torch.float64), inputs, torch.float64)
+        return cls(own, wide, inputs)
+
+    def match(self, got: Tensor, same: Truth | None) -> Match:
+        """The reference's value of the same place, or else any that ``got`` agrees with."""
+        first = Match()
+        if same is not None and same.own.shape == got.shape:
+            first = excess(got, _as(same.own, got), same.wide)
+            if first.right:
+                return first
+        for truth in self.by_shape[tuple(got.shape)]:
+            if truth is not same and _alike(got, truth.own):
+                found = excess(got, _as(truth.own, got), truth.wide)
+                if found.right:
+                    return replace(found, like=truth.name, moved=same is not None)
+        return first
+
+
+def _pairs(own: Trace, wide: Trace | None) -> Iterator[tuple[Entry, Entry | None]]:
+    """Calls first: a value is better named after a module than after a function in its code."""
+    calls = [*own.entries, *own.between]
+    exact: list[Entry] | list[None] = [None] * len(calls) if wide is None else [*wide.entries, *wide.between]
+    yield from zip(calls, exact, strict=True)
+
+
+def _as(own: Tensor, got: Tensor) -> Tensor:
+    return own if own.dtype == got.dtype else own.to(got.dtype)
+
+
+def _shape_of(found: Trace) -> list[tuple[str, int]]:
+    return [(entry.name, len(entry.outputs)) for entry in (*found.entries, *found.between)]
+
+
+def _alike(got: Tensor, own: Tensor) -> bool:
+    """A quick look at a few values."""
+    step = max(1, got.numel() // _PROBE)
+    a, b = got.reshape(-1)[::step].double(), own.reshape(-1)[::step].double()
+    size = float(b.abs().max()) if b.numel() else 0.0
+    return bool(((a - b).abs() <= 0.05 * size).all())
+
+
+def related(got: Tensor, own: Tensor) -> bool:
+    """Whether each channel (axis 1, or the last) of ``own`` is a multiple of that of ``got`` plus a constant."""
+    if got.shape != own.shape or got.dim() < 2:
+        return False
+    return any(_related(got.double(), own.double(), axis) for axis in {1, got.dim() - 1})
+
+
+def _related(got: Tensor, own: Tensor, axis: int) -> bool:
+    x, y = (value.movedim(axis, 0).flatten(1) for value in (got, own))
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    slope = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp_min(1e-300)
+    left, whole = float((y - slope * x).square().sum()), float(y.square().sum())
+    return left <= _RELATED**2 * whole
+
+
+@dataclass
+class Search:
+    """The candidate's trace beside the reference's values."""
+
+    values: Values
+    found: Trace
+    wrong_outputs: frozenset[str]
+    """The outputs of the model that differ."""
+    reference: Reference | None = None
+    """Where its modules can be run on the candidate's inputs."""
+    matches: dict[int, tuple[Match, ...]] = field(default_factory=dict)
+    readers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """By position, the innermost calls that read a call's output; -1 for a wrong output of the model."""
+    cleared: set[int] = field(default_factory=set)
+    innocent: set[int] = field(default_factory=set)
+
+    def run(self) -> Place | None:
+        """The first place, or ``None`` where everything inside is right."""
+        for index, entry in enumerate(self.found.entries):
+            self.matches[index] = tuple(map(self.values.match, entry.outputs, self._same_outputs(entry)))
+        self._clear()
+        for index, entry in enumerate(self.found.entries):
+            if self.settled(index):
+                continue
+            place = self._inner(index) if entry.innermost else self._outer(index)
+            if place is not None:
+                return place
+        return None
+
+    def _same_outputs(self, entry: Entry) -> list[Truth | None]:
+        return [self.values.by_place.get((entry.name, entry.call, n)) for n in range(len(entry.outputs))]
+
+    def settled(self, index: int) -> bool:
+        """Whether the outputs of a call are the reference's of the same place, or everything that reads them is."""
+        return index in self.cleared or all(match.in_place for match in self.matches[index])
+
+    def right(self, index: int) -> bool:
+        """Whether the outputs of a call are right, be it in another place."""
+        return all(match.right for match in self.matches[index])
+
+    def _clear(self) -> None:
+        for index, entry in enumerate(self.found.entries):
+            for source in entry.sources if entry.innermost else ():
+                self.readers[source].add(index)
+        for output, sources in self.found.final.items():
+            for source in sources if output in self.wrong_outputs else ():
+                self.readers[source].add(-1)
+        for index in reversed(range(len(self.found.entries))):
+            readers = self.readers[index]
+            if readers and all(reader >= 0 and self.settled(reader) for reader in readers):
+                self.cleared.add(index)
+
+    def _inner(self, index: int) -> Place | None:
+        """The place if a call of an innermost module, or the code in front of it, is to blame."""
+        entry = self.found.entries[index]
+        same = self._computes_the_same(entry)
+        explained = bool(entry.sources & self.innocent) or self._right_inputs(entry)
+        if same:
+            self.innocent.add(index)
+        if not explained:
+            return self._between(index)
+        if same:
+            return None
+        if self.right(index) and self.reference is None:
+            return None
+        if self.right(index) and self._moved_on(index):
+            self.innocent.add(index)
+            return None
+        return Place(entry, entry.name, entry.kind, "", index)
+
+    def _moved_on(self, index: int) -> bool:
+        """Whether a channel affine that is gone here may be in what reads it, which then is not the same either."""
+        entry = self.found.entries[index]
+        affine = all(
+            same is None or related(got, same.own)
+            for got, same in zip(entry.outputs, self._same_outputs(entry), strict=True)
+        )
+        readers = [self.found.entries[reader] for reader in self.readers[index] if reader >= 0]
+        return affine and not any(self._computes_the_same(reader) for reader in readers)
+
+    def _outer(self, index: int) -> Place | None:
+        """The place if a module gives a wrong output from right outputs of the modules in it."""
+        entry = self.found.entries[index]
+        if not all(map(self.settled, entry.made_of)) or not self._right_inputs(entry):
+            return None
+        if self.right(index) and self._moved_on(index):
+            return None
+        if self._computes_the_same(entry):
+            return None
+        return Place(entry, entry.name, entry.kind, "in its own code, behind the modules in it", index)
+
+    def _right_inputs(self, entry: Entry) -> bool:
+        for number, value in enumerate(entry.inputs):
+            same = self.values.inputs.get((entry.name, entry.call, number)) if entry.placed else None
+            match = self.values.match(value, same)
+            if not match.right:
+                return False
+            if match.moved and same is not None and not related(value, same.own):
+                return False
+        return True
+
+    def _between(self, index: int) -> Place:
+        """The code in front of a call whose input is wrong although all that it was made of is right."""
+        entry = self.found.entries[index]
+        holder = entry.name.rpartition(".")[0]
+        kinds = {each.name: each.kind for each in self.found.entries} | self.values.kinds
+        detail = f"in its own code, in front of {entry.name}"
+        return Place(entry, holder, kinds.get(holder, "module"), detail, index)
+
+    def _computes_the_same(self, entry: Entry) -> bool:
+        """Whether the reference's module of the same name gives this output on this input."""
+        reference = self.reference
+        if reference is None or reference.model is None or entry.given is None:
+            return False
+        args, kwargs = entry.given
+        try:
+            own_module = reference.copy_in(None).get_submodule(entry.name)
+            own = _called(own_module, args, kwargs, None)
+            wide: tuple[Tensor, ...] | None = None
+            if reference.failure is None:
+                wide = _called(reference.copy_in(torch.float64).get_submodule(entry.name), args, kwargs, torch.float64)
+        except Exception:
+            return False
+        if [value.shape for value in own] != [value.shape for value in entry.outputs]:
+            return False
+        pairs = zip(entry.outputs, own, wide or (None,) * len(own), strict=True)
+        return all(excess(got, _as(mine, got), exact).right for got, mine, exact in pairs)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The innermost calls in execution order."""
+        found = []
+        for index, entry in enumerate(self.found.entries):
+            if entry.innermost and self.matches.get(index):
+                match = max(self.matches[index], key=lambda each: -1.0 if each.excess is None else each.excess)
+                found.append(Layer(entry.name, entry.kind, match.error, match.floor, match.excess, match.like))
+        return tuple(found)
+
+    def around(self, position: int) -> tuple[Layer, ...]:
+        """The figures of the calls at a place, and of those just before and behind it."""
+        indices = [i for i, entry in enumerate(self.found.entries) if entry.innermost and self.matches.get(i)]
+        nearest = min(range(len(indices)), key=lambda i: abs(indices[i] - position), default=0)
+        return self.layers()[max(0, nearest - AROUND) : nearest + AROUND + 1]
+
+
+def _called(module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    def run(mode: Precision | None) -> tuple[Tensor, ...]:
+        def given(leaf: object) -> object:
+            leaf = leaf.clone() if isinstance(leaf, Tensor) else leaf
+            return leaf if mode is None else mode.cast(leaf)
+
+        output = module(*tree_map(given, args), **tree_map(given, kwargs))
+        found = (value for value in flatten(output).values() if isinstance(value, Tensor))
+        return tuple(value for value in found if value.is_floating_point())
+
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        if dtype is None:
+            return run(None)
+        with precision(dtype) as mode:
+            return run(mode)
