@@ -2,8 +2,10 @@
 
     python scripts/bench.py convert    ResNet-152 to sync against torch's own converter; memory; growth to 10,000 norms
     python scripts/bench.py fold       folding against torch.fx's fuse; memory; growth to 5,000 layers; inference
+    python scripts/bench.py verify     seeded faults in real models: which are seen, and where; time
 
-Figures are written to docs/performance.md with ``--out``. Timed on whatever machine runs it; only the ratios travel.
+Figures are written to a section of a Markdown file with ``--out``. Timed on whatever machine runs it; only the ratios
+travel.
 """
 
 from __future__ import annotations
@@ -287,7 +289,13 @@ def left_of_a_norm(repeats: int) -> list[str]:
     return lines
 
 
-BENCHES = {"convert": bench_convert, "fold": bench_fold}
+def bench_verify(repeats: int) -> list[str]:
+    from scripts import bench_verify
+
+    return bench_verify.bench(repeats)
+
+
+BENCHES = {"convert": bench_convert, "fold": bench_fold, "verify": bench_verify}
 
 
 def main() -> None:

@@ -98,13 +98,14 @@ class Diagnosis:
             self.notes.append(f"{runner.name}: every value inside is right; the outputs are put together otherwise")
             return
         cause: Cause = "model" if module is None else "exporter"
-        if graph.computes(place.position) is False:
+        if not place.detail and graph.computes(place.position) is False:
             cause = "runtime"
         entry = place.entry
-        kind = search.values.kinds.get(entry.name, entry.kind)
-        detail = f"node {entry.operator} ({entry.kind})"
+        kind = search.values.kinds.get(place.name, entry.kind)
+        where = "in front of node" if place.detail else "node"
+        detail = f"{where} {entry.operator} ({entry.kind})"
         around = search.around(place.position)
-        self.locations.append(Location(runner.name, entry.name, kind, cause, name, detail, around))
+        self.locations.append(Location(runner.name, place.name, kind, cause, name, detail, around))
 
     def _expected(self, module: EagerRunner | None, name: str) -> Values:
         inputs = self.inputs[name]
