@@ -2,6 +2,7 @@
 
     python scripts/zoo.py convert [--only GLOB] [--kinds KINDS] [--limit N] [--results FILE] [--out FILE]
     python scripts/zoo.py fold    [--only GLOB] [--limit N] [--results FILE] [--out FILE]
+    python scripts/zoo.py verify  [--only GLOB] [--limit N] [--results FILE] [--out FILE]
 
 ``convert`` turns every norm of every model into each kind, without example inputs, and judges the result with means
 that share nothing with the package: a watched run records every call of a norm function or operator and every module
@@ -369,7 +370,9 @@ def sweep(
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             gc.collect()
-        statuses = {name: cell["status"] for name, cell in row.get("cells", {}).items()} or {"model": row.get("status")}
+        statuses = {name: cell["status"] for name, cell in row.get("cells", {}).items() if cell} or {
+            "model": row.get("status")
+        }
         bad = [f"{name} {status}" for name, status in statuses.items() if status != "ok"]
         print(
             f"[{position}/{len(entries)}] {row['seconds']:6.1f} s  {entry.name}  {', '.join(bad) or 'ok'}", flush=True
@@ -510,7 +513,18 @@ def fold(options: argparse.Namespace, entries: list[Entry]) -> bool:
     return zoo_fold.fold(options, entries)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, list[Entry]], bool]] = {"convert": convert, "fold": fold}
+def verify(options: argparse.Namespace, entries: list[Entry]) -> bool:
+    """The ``verify`` command; see ``scripts/zoo_verify.py``."""
+    from scripts import zoo_verify
+
+    return zoo_verify.verify(options, entries)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, list[Entry]], bool]] = {
+    "convert": convert,
+    "fold": fold,
+    "verify": verify,
+}
 
 
 @contextmanager

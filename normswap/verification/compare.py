@@ -34,6 +34,7 @@ def verify(
     data: Data = (),
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
+    vary: bool = True,
     layers: bool = False,
 ) -> Verification:
     """Compare ``candidate`` with ``reference``.
@@ -46,9 +47,9 @@ def verify(
 
     ``example_inputs`` are the positional arguments of one call; seeded random ones of other magnitudes and batch sizes
     are tried beside them, and of other spatial sizes where an ``.onnx`` file leaves those open, as far as the
-    reference takes them. ``data`` are further sets of inputs, or the path of a ``.npy``, ``.npz`` or ``.pt`` file of
-    them (:func:`load_inputs`); without ``example_inputs`` its first set is taken for those. Models are copied first,
-    and none is changed; ``"eager"`` compares them in the mode they are in.
+    reference takes them; ``vary=False`` leaves those out. ``data`` are further sets of inputs, or the path of a
+    ``.npy``, ``.npz`` or ``.pt`` file of them (:func:`load_inputs`); without ``example_inputs`` its first set is taken
+    for those. Models are copied first, and none is changed; ``"eager"`` compares them in the mode they are in.
 
     ``atol`` and ``rtol``, one for all outputs or a mapping by output name, replace the criterion by
     ``|candidate - reference| <= atol + rtol * |reference|`` for every value, one that is not given being 0.
@@ -74,7 +75,7 @@ def verify(
     with tempfile.TemporaryDirectory() as folder:
         comparison = _Comparison(opened(reference), opened(candidate), example_inputs, backend, Path(folder))
         comparison.check_modes(candidate)
-        return comparison.run(more, tolerance, layers)
+        return comparison.run(more, tolerance, vary=vary, layers=layers)
 
 
 def _sets(data: Data) -> list[tuple[str, Arguments]]:
@@ -112,13 +113,15 @@ class _Comparison:
                 first = training[0] or "the model itself"
                 self.notes.append(f"the {role} is compared in train mode ({first}; {len(training)} modules in all)")
 
-    def run(self, more: Sequence[tuple[str, Arguments]], tolerance: Tolerance, layers: bool) -> Verification:
+    def run(
+        self, more: Sequence[tuple[str, Arguments]], tolerance: Tolerance, *, vary: bool, layers: bool
+    ) -> Verification:
         truth = self._truth()
         truth.first(self.example_inputs)
         assert truth.given is not None
         tolerance.check(list(truth.given.own))
         runners = self._runners()
-        variations = Variations(self.example_inputs, more, freedom_of(runners))
+        variations = Variations(self.example_inputs, more, freedom_of(runners), vary=vary)
         found, kept = self._measured(truth, runners, variations, tolerance)
         self.notes += [*variations.notes, *truth.notes]
         rows = without_zeros(judge(found), self.notes)

@@ -48,9 +48,12 @@ class Variations:
 
     Other sizes are those of the axes behind the second, of floating-point tensors with at least three."""
 
-    def __init__(self, given: Arguments, more: Iterable[tuple[str, Arguments]], freedom: Freedom) -> None:
+    def __init__(
+        self, given: Arguments, more: Iterable[tuple[str, Arguments]], freedom: Freedom, *, vary: bool = True
+    ) -> None:
         self.given = given
         self.more = more
+        self.vary = vary
         self.notes: list[str] = []
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
         sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in tensors}
@@ -58,13 +61,15 @@ class Variations:
         self.batches = [batch for batch in (1, size + 1 if size > 1 else 3) if size > 0 and batch != size]
         self.sizes = [0.75, 1.25] if freedom.spatial and any(map(_has_size, tensors)) else []
         self.random = any(leaf.is_floating_point() for leaf in tensors)
-        if not self.random:
+        if vary and not self.random:
             self.notes.append("no input is floating-point, so only the given values are tried")
 
     def __iter__(self) -> Iterator[tuple[Variation, Arguments]]:
         yield Variation("given"), self.given
         for name, inputs in self.more:
             yield Variation(name), inputs
+        if not self.vary:
+            return
         plans: list[tuple[float, int | None, float | None]] = [(1.0, batch, None) for batch in self.batches]
         if self.random:
             plans = [(1.0, None, None), (0.1, None, None), (10.0, None, None), *plans]

@@ -1,0 +1,130 @@
+"""The ``verify`` command of ``scripts/zoo.py``: whether correct programs of real models are taken for equivalent.
+
+A cell is ``ok``, ``wrong`` (a false alarm), ``exporter`` (torch's exporter or the runtime's loader failed, whose error
+it carries) or ``crash``. The columns are programs that are right:
+
+- ``kernels``: the unmodified model in float32, run without oneDNN, whose kernels add in another order; six sets of
+  inputs, as in all float32 columns;
+- ``float16``, ``bfloat16``: the unmodified model with channels last where its input is an image, on the given inputs;
+- ``onnxruntime``: the folded model in float32, eager and exported, graph optimizations off and on; for models of at
+  most ``SMALL`` parameters.
+
+``excess`` is the largest error of a column in units of what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normswap
+from scripts import zoo
+from tests.zoo.models import Entry, randomise
+
+SMALL = 10_000_000
+STATUSES = (*zoo.STATUSES, "exporter")
+EXPORTER = ("the ONNX exporter cannot translate", "ONNX Runtime cannot load", "the ONNX checker refuses")
+COLUMNS = ("kernels", "float16", "bfloat16", "onnxruntime")
+
+
+class OtherKernels(nn.Module):
+    """A model run without oneDNN."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Any:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return self.model(*inputs)
+
+
+def cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in inputs)
+
+
+def cell(compare: Callable[[], normswap.Verification]) -> dict[str, Any]:
+    try:
+        found = compare()
+    except normswap.NormswapError as error:
+        if any(words in str(error) for words in EXPORTER):
+            return {"status": "exporter", "detail": str(error)[:160]}
+        raise
+    excess = max((row.excess for row in found.rows), default=0.0)
+    detail = "" if found else "; ".join(found.remarks())[:200]
+    return {"status": "ok" if found else "wrong", "detail": detail, "error": excess}
+
+
+def verify_row(entry: Entry) -> dict[str, Any]:
+    """Every cell of one model."""
+    if not entry.runs_whole:
+        return {"skipped": "it is not one plain call"}
+    model = randomise(entry.build(), entry)
+    inputs = entry.inputs()
+    single, given = copy.deepcopy(model).float(), cast(inputs, torch.float32)
+    cells = {"kernels": zoo.guarded(lambda: cell(lambda: eager(single, OtherKernels(single).eval(), given)))}
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        low, low_inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
+        image = all(isinstance(value, Tensor) and value.dim() == 4 for value in inputs)
+        last = copy.deepcopy(low).to(memory_format=torch.channels_last) if image else copy.deepcopy(low)
+        compare = partial(eager, low, last, low_inputs, vary=False)
+        cells[name] = zoo.guarded(lambda compare=compare: cell(compare))  # type: ignore[misc]
+    if sum(parameter.numel() for parameter in model.parameters()) > SMALL:
+        cells["onnxruntime"] = None
+    else:
+        folded = normswap.fold(single)
+        cells["onnxruntime"] = zoo.guarded(lambda: cell(lambda: normswap.verify(single, folded, given)))
+    return {"cells": cells}
+
+
+def eager(model: nn.Module, other: nn.Module, inputs: tuple[Any, ...], **options: Any) -> normswap.Verification:
+    return normswap.verify(model, other, inputs, backend="eager", **options)
+
+
+def text(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if found["status"] == "ok":
+        return f"{found['error']:.2f}"
+    return f"**{found['status']}**: {found['detail']}".replace("|", "\\|")
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    """The section of a verifying sweep."""
+    broken = [row for row in rows if "cells" not in row and "skipped" not in row]
+    rows = [row for row in rows if "cells" in row]
+    summary = []
+    for name in COLUMNS:
+        known = [row["cells"][name] for row in rows if row["cells"].get(name) is not None]
+        counts = Counter(found["status"] for found in known)
+        worst = max((found["error"] for found in known if found["status"] == "ok"), default=0.0)
+        summary.append([name, *(str(counts[status]) for status in STATUSES), f"{worst:.2f}"])
+    paragraphs = [
+        "# Verification of the model zoo",
+        f"Written by `{command}`. `scripts/zoo_verify.py` says what each column is; every program in it is right, so "
+        "`wrong` is a false alarm.",
+        f"{zoo.versions()}. CPU, eval mode, random weights, randomised statistics and affine; {len(rows)} models.",
+        "\n".join(zoo.table(["", *STATUSES, "largest excess of an ok"], summary)),
+        "The numbers below are the largest error in units of what is allowed.",
+    ]
+    if broken:
+        paragraphs.append("Not measured:\n\n" + "\n".join(f"- {row['name']}: {row['detail']}" for row in broken))
+    body = [[row["name"], *(text(row["cells"].get(name)) for name in COLUMNS)] for row in rows]
+    paragraphs.append("\n".join(zoo.table(["model", *COLUMNS], body)))
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def verify(options: argparse.Namespace, entries: list[Entry]) -> bool:
+    """The ``verify`` command; whether there is no false alarm and no crash."""
+    rows = list(zoo.sweep("verify", entries, options.results, verify_row, COLUMNS))
+    zoo.write_section(options.out, page(rows, zoo.command_line(options)))
+    found = Counter(each["status"] for row in rows for each in row.get("cells", {}).values() if each)
+    print(f"{len(rows)} models: {dict(found)}; {options.out}")
+    return set(found) <= {"ok", "exporter"}
