@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from normswap.errors import NormswapError
 from normswap.onnx.export import export
-from normswap.verification import Verification, verify
+from normswap.verification import Verification, load_inputs, verify
 from normswap.verification.criterion import FACTOR, ULPS
 from normswap.verification.outputs import flatten
 from tests.support import picture, randomise
@@ -274,6 +275,31 @@ class TestCriterion:
         assert found
         assert any("output[1] is all zero" in note for note in found.notes)
 
+    def test_overflow_everywhere_proves_nothing(self) -> None:
+        found = eager(Returns(lambda x: x / 0), Returns(lambda x: x / 0), torch.rand(4, 100) + 1)
+        assert not found
+        assert {row.verdict for row in found.rows if row.inputs == "given"} == {"inconclusive"}
+        assert "no value of the reference is finite" in str(found)
+
+    def test_a_small_change_of_all_values(self) -> None:
+        """The largest error hides it: it is far from the largest rounding error, but everywhere."""
+        model, x = nn.Linear(50, 4000, bias=False).eval(), torch.randn(8, 50)
+        found = eager(model, changed(model, lambda m: m.weight.mul_(1 + 6e-7)), x)
+        assert not found
+        assert {row.measure for row in found.rows if row.verdict == "different"} == {"mean"}
+
+    def test_one_wrong_channel_among_large_ones(self) -> None:
+        model = nn.Conv2d(3, 40, 1, bias=False).eval()
+        with torch.no_grad():
+            model.weight[17].mul_(1e-5)
+        other = changed(model, lambda m: m.weight[17].neg_())
+        floors = eager(model, copy.deepcopy(model), torch.randn(2, 3, 9, 9))
+        assert floors
+        found = eager(model, other, torch.randn(2, 3, 9, 9))
+        assert not found
+        assert {row.measure for row in found.rows if row.verdict == "different"} == {"channel 17"}
+        assert "(channel 17)" in str(found)
+
     def test_integers_and_booleans(self) -> None:
         model = Returns(lambda x: (x > 0, x.argsort(1)))
         x = torch.randn(4, 100)
@@ -317,6 +343,84 @@ class TestCriterion:
         found = eager(Returns(lambda x: x * 2), Returns(lambda x: x.reshape(4, 100) * 2), torch.randn(4, 100))
         assert not found
         assert all(("batch" in row.inputs) == (row.problem is not None) for row in found.rows)
+
+
+class TestTolerances:
+    def test_replace_the_criterion(self) -> None:
+        model = nn.Linear(50, 100).eval()
+        other, x = changed(model, lambda m: m.bias.add_(1e-3)), torch.randn(4, 50)
+        assert not eager(model, other, x)
+        found = verify(model, other, (x,), backend="eager", atol=2e-3)
+        assert found
+        assert {row.measure for row in found.rows} == {"tolerance"}
+        assert max(row.excess for row in found.rows) == pytest.approx(0.5, rel=0.1)
+        assert found.rows[0].allowed is None
+        assert "atol (0.002)" in found.criterion
+        assert not verify(model, other, (x,), backend="eager", atol=5e-4)
+        scaled = changed(model, lambda m: (m.weight.mul_(1.01), m.bias.mul_(1.01)))
+        assert verify(model, scaled, (x,), backend="eager", rtol=0.011, atol=1e-5)
+        assert not verify(model, scaled, (x,), backend="eager", rtol=0.009, atol=1e-5)
+
+    def test_by_output(self) -> None:
+        model = Returns(lambda x: {"a": x.sin(), "b": x.cos()})
+        other = Returns(lambda x: {"a": x.sin() + 1e-3, "b": x.cos()})
+        x = torch.randn(4, 100)
+        found = verify(model, other, (x,), backend="eager", atol={"a": 2e-3})
+        assert found
+        assert {row.output: row.measure for row in found.rows}["a"] == "tolerance"
+        assert {row.output: row.measure for row in found.rows}["b"] != "tolerance"
+        assert "where neither is given" in found.criterion
+        assert not verify(model, other, (x,), backend="eager", atol={"b": 2e-3})
+
+    @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, "1", True, {"output": -1}])
+    def test_misuse(self, wrong: Any) -> None:
+        with pytest.raises(NormswapError, match=r"atol is .*at least 0"):
+            verify(nn.ReLU(), nn.ReLU(), (torch.ones(1),), backend="eager", atol=wrong)
+        with pytest.raises(NormswapError, match="rtol names the output 'logits'; there is: output"):
+            verify(nn.ReLU(), nn.ReLU(), (torch.ones(1),), backend="eager", rtol={"logits": 1.0})
+
+
+class TestPrograms:
+    def test_exported_programs(self, tmp_path: Path) -> None:
+        model = network()
+        program = torch.export.export(model, image(), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.export.save(program, tmp_path / "a.pt2")
+        for candidate in (program, tmp_path / "a.pt2", str(tmp_path / "a.pt2")):
+            assert verify(model, candidate, image(), backend="eager")
+        other = changed(model, lambda m: m[4].running_mean.mul_(1.01))
+        assert not verify(other, program, image(), backend="eager")
+        found = verify(tmp_path / "a.pt2", other, image(), backend="eager")
+        assert not found
+        assert "noise floors" in found.criterion  # a program runs in float64 too
+
+    def test_damaged_and_absent_programs(self, tmp_path: Path) -> None:
+        (tmp_path / "a.pt2").write_text("not one")
+        with pytest.raises(NormswapError, match=r"a\.pt2"):
+            verify(network(), tmp_path / "a.pt2", image(), backend="eager")
+        with pytest.raises(NormswapError, match="does not exist"):
+            verify(network(), tmp_path / "absent.pt2", image(), backend="eager")
+
+    def test_two_files(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        model = network()
+        first = export(model, tmp_path / "a.onnx", image(), dynamic=True)
+        second = export(model, tmp_path / "b.onnx", image(), dynamic=True, optimize=False)
+        found = verify(first, second, image())
+        assert found
+        assert "a.onnx is a file that runs in its own dtype only" in found.criterion
+        wrong = changed(model, lambda m: m[4].running_mean.mul_(1.01))
+        third = export(wrong, tmp_path / "c.onnx", image(), dynamic=True, optimize=False)
+        assert not verify(first, third, image())
+
+    def test_open_sizes_are_tried(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        model, dim = network(), torch.export.Dim
+        shapes = {"input": {0: dim("batch"), 2: dim("height", min=6), 3: dim("width", min=6)}}
+        path = export(model, tmp_path / "a.onnx", image(), dynamic=shapes)
+        found = verify(model, path, image())
+        assert found
+        assert [variation.size for variation in found.inputs] == [None] * 6 + [0.75, 1.25]
+        assert {row.shape[2:] for row in found.rows} == {(5, 5), (3, 3), (7, 7)}
 
 
 class Upcasting(nn.Module):
@@ -419,6 +523,58 @@ class TestInputs:
 
         inputs = (torch.randn(2, 50), {"scale": 3, "name": "a"}, [torch.randn(2, 50), torch.randn(2, 1)])
         assert eager(Several(), Several(), *inputs)
+
+
+class TestData:
+    @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt"])
+    def test_files(self, suffix: str, tmp_path: Path) -> None:
+        x, y = torch.randn(3, 50), torch.randn(3, 50)
+        path = tmp_path / f"data{suffix}"
+        if suffix == ".npy":
+            numpy.save(path, x.numpy())
+            wanted = [(x,)]
+        elif suffix == ".npz":
+            numpy.savez(path, second=x.numpy(), first=y.numpy())
+            wanted = [(x, y)]
+        else:
+            torch.save([(x, y), (y, x)], path)
+            wanted = [(x, y), (y, x)]
+        found = load_inputs(path)
+        assert [name.startswith(f"data{suffix}") for name, _ in found] == [True] * len(wanted)
+        for (_, got), expected in zip(found, wanted, strict=True):
+            assert isinstance(got, tuple)
+            assert all(map(torch.equal, got, expected))
+
+    def test_is_compared_beside_the_example(self, tmp_path: Path) -> None:
+        """A fault that only real data show."""
+        model = Returns(lambda x: x.clamp(max=50.0))
+        x = torch.randn(4, 100)
+        numpy.save(tmp_path / "a.npy", (x * 100).numpy())
+        other = Returns(lambda x: x)
+        assert eager(model, other, x)
+        found = verify(model, other, (x,), backend="eager", data=tmp_path / "a.npy")
+        assert not found
+        assert {row.inputs for row in found.rows if row.verdict == "different"} == {"a.npy"}
+        assert not verify(model, other, (x,), backend="eager", data=[(x * 100,)])
+        alone = verify(model, other, data=tmp_path / "a.npy", backend="eager", vary=False)
+        assert [variation.name for variation in alone.inputs] == ["given"]
+        assert not alone
+
+    def test_misuse(self, tmp_path: Path) -> None:
+        (tmp_path / "a.npz").write_bytes(b"PK not one")
+        numpy.save(tmp_path / "o.npy", numpy.array([{}], dtype=object))
+        torch.save([], tmp_path / "empty.pt")
+        for name, words in (
+            ("a.txt", "inputs are read from"),
+            ("a.npz", r"a\.npz cannot be read as inputs"),
+            ("absent.npy", r"absent\.npy cannot be read"),
+            ("o.npy", r"o\.npy cannot be read"),
+            ("empty.pt", r"empty\.pt holds no inputs"),
+        ):
+            with pytest.raises(NormswapError, match=words):
+                load_inputs(tmp_path / name)
+        with pytest.raises(NormswapError, match="nothing to run on"):
+            verify(nn.ReLU(), nn.ReLU(), backend="eager")
 
 
 class TestNothingChanges:

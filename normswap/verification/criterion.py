@@ -202,6 +202,8 @@ def measure(
         non_finite=int(mismatched.sum()),
         problem=f"{int(mismatched.sum())} non-finite values differ" if mismatched.any() else None,
     )
+    if own.numel() and row.problem is None and not own.isfinite().any():
+        row = replace(row, verdict="inconclusive", problem="no value of the reference is finite, which says nothing")
     return replace(found, row=row)
 
 

@@ -202,8 +202,18 @@ class Search:
                 continue
             place = self._inner(index) if entry.innermost else self._outer(index)
             if place is not None:
+                self._show(place.position)
                 return place
         return None
+
+    def _show(self, position: int) -> None:
+        """Give the figures of a place against the reference's value of that place, not one that it agrees with."""
+        entry = self.found.entries[position]
+        for number, (got, same) in enumerate(zip(entry.outputs, self._same_outputs(entry), strict=True)):
+            if same is not None and same.own.shape == got.shape:
+                matches = list(self.matches[position])
+                matches[number] = excess(got, _as(same.own, got), same.wide)
+                self.matches[position] = tuple(matches)
 
     def _same_outputs(self, entry: Entry) -> list[Truth | None]:
         return [self.values.by_place.get((entry.name, entry.call, n)) for n in range(len(entry.outputs))]
@@ -247,14 +257,17 @@ class Search:
         return Place(entry, entry.name, entry.kind, "", index)
 
     def _moved_on(self, index: int) -> bool:
-        """Whether a channel affine that is gone here may be in what reads it, which then is not the same either."""
+        """Whether a channel affine that is gone here may be in what reads it, which then is not the same either.
+
+        What computes the same, such as a pooling layer, passes it on."""
         entry = self.found.entries[index]
-        affine = all(
-            same is None or related(got, same.own)
-            for got, same in zip(entry.outputs, self._same_outputs(entry), strict=True)
+        pairs = zip(entry.outputs, self._same_outputs(entry), strict=True)
+        if not all(same is None or related(got, same.own) for got, same in pairs):
+            return False
+        readers = self.readers[index]
+        return -1 not in readers and all(
+            not self._computes_the_same(self.found.entries[reader]) or self._moved_on(reader) for reader in readers
         )
-        readers = [self.found.entries[reader] for reader in self.readers[index] if reader >= 0]
-        return affine and not any(self._computes_the_same(reader) for reader in readers)
 
     def _outer(self, index: int) -> Place | None:
         """The place if a module gives a wrong output from right outputs of the modules in it."""

@@ -1,0 +1,357 @@
+"""Where a comparison fails: the place is named, values that a fold moved are not, and the right one is blamed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normswap
+from normswap.verification import Location, Verification, verify
+from normswap.verification.graph import Graph
+from normswap.verification.locate import related
+from normswap.verification.tracing import trace
+from tests.support import randomise
+
+
+class Block(nn.Module):
+    """Functions between and behind its modules, and a branch."""
+
+    def __init__(self, width: int = 6, lost: str = "") -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
+        self.act = nn.ReLU(inplace=True)
+        self.lost = lost
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        out = out if self.lost == "between" else F.silu(out)
+        out = self.act(self.bn2(self.conv2(out)) + x)
+        return out if self.lost == "behind" else out * torch.sigmoid(out)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.blocks = nn.Sequential(Block(), Block(), Block())
+        self.pool = nn.AvgPool2d(2)
+        self.late = nn.BatchNorm2d(6)
+        self.drop = nn.Dropout(0.5)
+        self.forwards = nn.Sequential(nn.BatchNorm2d(6), nn.AvgPool2d(2), nn.Conv2d(6, 5, 1))
+        self.head = nn.Linear(5, 70)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        maps = self.blocks(self.stem(x))
+        maps = self.drop(self.late(self.pool(self.blocks[0].conv2(maps))))
+        maps = self.forwards(maps.relu())
+        return {"logits": self.head(maps.mean((2, 3))), "maps": maps}
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+    return net.eval()
+
+
+IMAGE = (torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(3)),)
+
+
+def faulty(model: nn.Module, change: Callable[[Any], object]) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        change(other)
+    return other.eval()
+
+
+def place(found: Verification) -> Location:
+    assert not found
+    (location,) = found.locations
+    assert str(location) in str(found)
+    return location
+
+
+def negate(tensor: Tensor) -> None:
+    tensor[1].neg_()
+
+
+def replaced(holder: str, name: str, module: nn.Module) -> Callable[[Any], None]:
+    return lambda model: setattr(model.get_submodule(holder), name, module)
+
+
+MODULES = {
+    "stem.0": lambda m: negate(m.stem[0].weight),
+    "blocks.0.conv1": lambda m: m.blocks[0].conv1.bias.zero_(),
+    "blocks.1.conv2": lambda m: m.blocks[1].conv2.weight.mul_(1.001),
+    "blocks.0.conv2": lambda m: negate(m.blocks[0].conv2.weight),  # called at two places
+    "blocks.1.act": replaced("blocks.1", "act", nn.Identity()),
+    "stem.2": replaced("stem", "2", nn.Identity()),
+    "pool": replaced("", "pool", nn.MaxPool2d(2)),
+    "forwards.2": lambda m: m.forwards[2].bias.add_(0.1),  # behind an affine that a fold moved into it
+    "forwards.1": replaced("forwards", "1", nn.MaxPool2d(2)),
+    "head": lambda m: m.head.weight[3].mul_(1.01),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
+def test_a_module_is_named(name: str, folded: bool) -> None:
+    model = network()
+    base = normswap.fold(model) if folded else model
+    assert verify(model, base, IMAGE, backend="eager")
+    found = place(verify(model, faulty(base, MODULES[name]), IMAGE, backend="eager"))
+    assert (found.name, found.cause, found.run, found.detail) == (name, "model", "eager", "")
+    assert any(layer.name == name and (layer.excess is None or layer.excess > 1) for layer in found.around)
+
+
+NORM_FAULTS: dict[str, Callable[[Any], object]] = {
+    "mean": lambda norm: norm.running_mean.mul_(0.9),
+    "sign": lambda norm: negate(norm.weight),
+    "eps": lambda norm: setattr(norm, "eps", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", ["stem.1", "blocks.2.bn2", "late", "forwards.0"])
+@pytest.mark.parametrize("fault", [*NORM_FAULTS, "lost"])
+def test_a_norm_is_named(name: str, fault: str) -> None:
+    model = network()
+
+    def change(other: nn.Module) -> None:
+        if fault == "lost":
+            other.set_submodule(name, nn.Identity())
+        else:
+            NORM_FAULTS[fault](other.get_submodule(name))
+
+    assert place(verify(model, faulty(model, change), IMAGE, backend="eager")).name == name
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
+def test_code_is_named(folded: bool) -> None:
+    model = network()
+    base = normswap.fold(model) if folded else model
+    found = place(
+        verify(model, faulty(base, lambda m: setattr(m.blocks[1], "lost", "between")), IMAGE, backend="eager")
+    )
+    assert (found.name, found.kind) == ("blocks.1", "Block")
+    assert found.detail == "in its own code, in front of blocks.1.conv2"
+    behind = faulty(base, lambda m: setattr(m.blocks[1], "lost", "behind"))
+    found = place(verify(model, behind, IMAGE, backend="eager"))
+    assert (found.name, found.kind) == ("blocks.1", "Block")
+    assert found.detail == "in its own code, behind the modules in it"
+
+
+def test_of_several_the_first_is_named() -> None:
+    model = network()
+
+    def change(m: Any) -> None:
+        m.blocks[2].conv1.weight.mul_(1.1)
+        m.head.bias.add_(1)
+        m.blocks[1].bn2.running_var.mul_(2)
+
+    assert place(verify(model, faulty(model, change), IMAGE, backend="eager")).name == "blocks.1.bn2"
+
+
+def test_without_a_float64_run() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != torch.float32:
+                raise TypeError("float32 only")
+            return x.exp()
+
+    model = nn.Sequential(nn.Linear(4, 70), Single(), nn.Linear(70, 70)).eval()
+    x = (torch.randn(3, 4),)
+    found = verify(model, faulty(model, lambda m: m[2].weight.mul_(1.01)), x, backend="eager")
+    assert place(found).name == "2"
+
+
+def test_other_structure_is_no_obstacle() -> None:
+    """The candidate's modules have other names; values are compared with those of any place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 70), nn.Tanh(), nn.Linear(70, 70)).eval()
+    other = nn.ModuleDict({"a": model[0], "c": model[2]})
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = copy.deepcopy(other)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["c"](torch.tanh(self.parts["a"](x)))
+
+    x = (torch.randn(3, 4),)
+    assert verify(model, Renamed().eval(), x, backend="eager")
+    found = verify(model, faulty(Renamed(), lambda m: m.parts["c"].bias.add_(1)), x, backend="eager")
+    assert place(found).name == "parts.c"
+
+
+class TestFiles:
+    """An ``.onnx`` file, run by ONNX Runtime."""
+
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        pytest.importorskip("onnxruntime")
+        return network()
+
+    def exported(self, model: nn.Module, path: Path, change: Callable[[Any], object] | None = None) -> Path:
+        import onnx
+
+        normswap.export(model, path, IMAGE, optimize=False, dynamic=True)
+        if change is not None:
+            proto = onnx.load(path)
+            change(proto)
+            onnx.save(proto, path)
+        return path
+
+    def test_a_weight(self, model: nn.Module, tmp_path: Path) -> None:
+        from onnx import numpy_helper
+
+        def change(proto: Any) -> None:
+            for value in proto.graph.initializer:
+                if value.name == "blocks.2.conv1.weight":
+                    value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value) * 1.01, value.name))
+
+        folded = normswap.fold(model)
+        assert verify(model, self.exported(folded, tmp_path / "right.onnx"), IMAGE)
+        path = self.exported(folded, tmp_path / "wrong.onnx", change)
+        found = place(verify(model, path, IMAGE))
+        assert (found.name, found.kind, found.cause) == ("blocks.2.conv1", "Conv2d", "model")
+        assert found.run == "onnxruntime, graph optimizations off"
+        assert found.detail.endswith("(Conv)")
+        between_files = place(verify(tmp_path / "right.onnx", path, IMAGE))
+        assert between_files.name == "blocks.2.conv1"
+
+    def test_a_node_that_is_gone(self, model: nn.Module, tmp_path: Path) -> None:
+        def change(proto: Any) -> None:
+            node = next(node for node in proto.graph.node if node.op_type == "Relu")
+            for other in proto.graph.node:
+                other.input[:] = [node.input[0] if name == node.output[0] else name for name in other.input]
+            proto.graph.node.remove(node)
+
+        found = place(verify(model, self.exported(model, tmp_path / "a.onnx", change), IMAGE))
+        assert "in front of node" in found.detail or found.name.startswith("blocks.0")
+
+    def test_the_exporter(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An exporter that writes another graph than the module computes."""
+        import onnx
+
+        from normswap.verification import compare
+
+        plain = compare.export
+
+        def wrong(module: nn.Module, path: Path, *args: Any, **options: Any) -> Path:
+            plain(module, path, *args, **options)
+            proto = onnx.load(path)
+            pool = next(node for node in proto.graph.node if node.op_type == "AveragePool")
+            pool.op_type = "MaxPool"
+            for attribute in [a for a in pool.attribute if a.name == "count_include_pad"]:
+                pool.attribute.remove(attribute)
+            onnx.save(proto, path)
+            return path
+
+        monkeypatch.setattr(compare, "export", wrong)
+        found = place(verify(model, copy.deepcopy(model), IMAGE))
+        assert (found.name, found.cause) == ("pool", "exporter")
+        assert found.run == "onnxruntime, graph optimizations off"
+
+    def test_the_runtime(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """A kernel that computes something else than ONNX says: its value is wrong, and so is the output."""
+        path = self.exported(model, tmp_path / "a.onnx")
+        right, wrong = path, self.exported(faulty(model, lambda m: negate(m.head.weight)), tmp_path / "b.onnx")
+        run = Graph._run
+
+        def broken(self: Graph, wanted: Any, *, optimized: bool) -> dict[str, Any]:
+            values = run(self, wanted, optimized=optimized)
+            if self.path == wrong:
+                self.model.graph.CopyFrom(__import__("onnx").load(right).graph)
+            return values
+
+        monkeypatch.setattr(Graph, "_run", broken)
+        found = place(verify(model, wrong, IMAGE))
+        assert (found.name, found.cause) == ("head", "runtime")
+
+    def test_graph_optimizations(self, model: nn.Module) -> None:
+        from tests.test_peers_folding import MatMulTransposeNorm
+
+        torch.manual_seed(0)
+        wrong = MatMulTransposeNorm()
+        randomise(wrong.norm)
+        found = verify(wrong.eval(), copy.deepcopy(wrong), (torch.randn(6, 5),))
+        location = place(found)
+        assert (location.run, location.cause, location.name) == ("onnxruntime", "runtime optimizations", "norm")
+        assert "MatMul → Transpose → BatchNormalization" in location.detail
+        assert "without them the same file is right" in str(found)
+
+
+class TestProfiles:
+    def test_of_all_runs_on_request(self) -> None:
+        pytest.importorskip("onnxruntime")
+        model = network()
+        assert verify(model, copy.deepcopy(model), IMAGE, backend="eager").profiles == ()
+        found = verify(model, normswap.fold(model), IMAGE, layers=True)
+        assert found
+        assert [profile.run for profile in found.profiles] == ["eager", "onnxruntime, graph optimizations off"]
+        for profile in found.profiles:
+            names = [layer.name for layer in profile.layers]
+            assert names.index("blocks.0.conv1") < names.index("blocks.1.conv1") < names.index("head")
+            last = profile.layers[-1]
+            assert last.excess is not None
+            assert 0 < last.excess <= 1
+            assert last.floor is not None
+            assert 0 < last.floor < 1e-5
+        moved = next(layer for layer in found.profiles[0].layers if layer.name == "stem.0")
+        assert moved.like == "stem.1"
+
+    def test_nothing_is_left_on_the_models(self) -> None:
+        model = network()
+        other = faulty(model, MODULES["head"])
+        verify(model, other, IMAGE, backend="eager")
+        for each in (model, other):
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in each.modules())
+
+
+class TestTracing:
+    def test_values_are_those_at_the_time(self) -> None:
+        """Writes in place behind a module do not change what was seen of it."""
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+        x = torch.randn(5, 3)
+        linear, relu, last, whole = trace(model, (x,)).entries
+        with torch.no_grad():
+            wanted = model[0](x)
+        torch.testing.assert_close(linear.outputs[0], wanted)
+        torch.testing.assert_close(relu.outputs[0], wanted.relu())
+        assert (relu.sources, last.sources, whole.made_of) == (frozenset({0}), frozenset({1}), frozenset({2}))
+        assert (linear.innermost, whole.innermost) == (True, False)
+
+    def test_sources_pass_functions_and_nested_values(self) -> None:
+        class Splits(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+                left, right = self.a(pair["x"]).chunk(2, 1)
+                return torch.cat([left, pair["y"]], 1), self.b(torch.cat([right, left], 1).sin()) + left.sum()
+
+        found = trace(Splits(), ({"x": torch.randn(3, 4), "y": torch.randn(3, 2)},))
+        assert found.final == {"output[0]": frozenset({0}), "output[1]": frozenset({0, 1})}
+        assert found.entries[1].sources == frozenset({0})
+
+
+def test_related() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    scale, shift = torch.randn(3, 1, 1), torch.randn(3, 1, 1)
+    assert related(x, x * scale + shift)
+    assert related(x.movedim(1, -1), (x * scale + shift).movedim(1, -1))
+    assert not related(x, x.relu())
+    assert not related(x, x.transpose(2, 3))
+    assert not related(x, x[:2])
