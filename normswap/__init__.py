@@ -3,7 +3,9 @@
 from normswap import norms
 from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, fold, plan_convert, plan_fold
 from normswap.errors import NormswapError, Refusal
+from normswap.exported import load_exported
 from normswap.onnx import export
+from normswap.provenance import read_metadata, state_digest
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
 from normswap.verification import Verification, verify
@@ -27,12 +29,15 @@ __all__ = [
     "find",
     "fold",
     "kinds",
+    "load_exported",
     "norms",
     "plan_convert",
     "plan_fold",
     "read",
+    "read_metadata",
     "reads",
     "reference",
     "scale_shift",
+    "state_digest",
     "verify",
 ]

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -33,15 +33,24 @@ def parse_pairs(pairs: Iterable[str], flag: str) -> dict[str, object]:
 
     Raises :class:`NormswapError` that names ``flag`` for another form and for a name given twice.
     """
-    found: dict[str, object] = {}
+    return {name: parse_value(value) for name, value in _pairs(pairs, flag, str.isidentifier)}
+
+
+def parse_texts(pairs: Iterable[str], flag: str) -> dict[str, str]:
+    """``["k=v", ...]`` as text by any name; raises like :func:`parse_pairs`."""
+    return dict(_pairs(pairs, flag, bool))
+
+
+def _pairs(pairs: Iterable[str], flag: str, is_name: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    names = set()
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
+        if not equals or not is_name(name):
             raise NormswapError(f"{flag} {pair!r}: write it as name=value")
-        if name in found:
+        if name in names:
             raise NormswapError(f"{flag} {pair!r}: {name} is given twice")
-        found[name] = parse_value(value)
-    return found
+        names.add(name)
+        yield name, value
 
 
 def parse_input(text: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Tensor:
@@ -71,6 +80,27 @@ def parse_inputs(texts: Iterable[str], model: nn.Module) -> tuple[Tensor, ...] |
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     return tuple(parse_input(text, dtype, seed=seed) for seed, text in enumerate(texts)) or None
+
+
+def parse_dynamic(texts: Iterable[str]) -> dict[str, dict[int, str]]:
+    """Names of open axes by argument, for texts like ``"x:0=batch,2=height"``; axes of one name have one size.
+
+    Raises :class:`NormswapError` for any other text, and for an axis that is named twice.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        argument, colon, axes = text.partition(":")
+        if not colon or not argument.isidentifier():
+            raise NormswapError(f"--dynamic {text!r}: write ARGUMENT:AXIS=NAME,..., such as x:0=batch,2=height")
+        named = found.setdefault(argument, {})
+        for pair in axes.split(","):
+            axis, equals, name = pair.partition("=")
+            if not equals or not axis.removeprefix("-").isdecimal() or not name.isidentifier():
+                raise NormswapError(f"--dynamic {text!r}: {pair!r} is not AXIS=NAME, such as 0=batch")
+            if int(axis) in named:
+                raise NormswapError(f"--dynamic {text!r}: axis {axis} of {argument} is named twice")
+            named[int(axis)] = name
+    return found
 
 
 def build_model(name: str, arguments: Mapping[str, object]) -> nn.Module:

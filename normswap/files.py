@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,57 @@ def whole_file(
         raise NormswapError(f"cannot write {path}: {error.strerror or error}. No partial file was left") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary folder for files of the names of ``paths``, and move all of them there when the block ends well.
+
+    ``paths`` are in one folder, and the last is the one that refers to the others: it is put in place last, and an old
+    one is taken away first, so that it never stands beside files that are not its own. When the block or a move fails,
+    all paths are as they were. Raises :class:`NormswapError` as :func:`check_output` does, for a symbolic link (what
+    it refers to would be looked for beside the link or beside its target), and for an ``OSError`` of the block.
+    """
+    for path in paths:
+        check_output(path, force=force)
+        if path.is_symlink():
+            raise NormswapError(f"{path} is a symbolic link; files that belong together are not written through one")
+    last = paths[-1]
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{last.name[:200]}.", suffix=".tmp", dir=last.resolve().parent))
+        try:
+            yield folder
+            for path in paths:
+                _flush(folder / path.name)
+                if path.exists():
+                    shutil.copymode(path, folder / path.name)
+            _move(folder, paths)
+            if os.name == "posix":
+                _flush(last.resolve().parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise NormswapError(f"cannot write {last}: {error.strerror or error}. No partial file was left") from error
+
+
+def _move(folder: Path, paths: Sequence[Path]) -> None:
+    aside = folder / "old"
+    aside.mkdir()
+    placed = []
+    try:
+        for path in reversed(paths):
+            if path.exists():
+                path.replace(aside / path.name)
+        for path in paths:
+            placed.append(path)
+            (folder / path.name).replace(path)
+    except BaseException:
+        for path in reversed(placed):
+            path.unlink(missing_ok=True)
+        for path in paths:
+            if (aside / path.name).exists():
+                (aside / path.name).replace(path)
+        raise
 
 
 def _flush(path: Path) -> None:

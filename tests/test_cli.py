@@ -158,6 +158,17 @@ def loaded(folder: Path) -> nn.Module:
     return model
 
 
+def loaded_with(folder: Path, path: Path, recipes: list[Any]) -> nn.Module:
+    """The model of a checkpoint whose first recipe came with it, after the others."""
+    model = normswap.apply_recipe(fresh(folder).eval(), recipes[0])
+    model.load_state_dict(load_file(path))
+    for recipe in recipes[1:]:
+        folded = normswap.plan_fold(model).apply()
+        model = normswap.apply_recipe(model, recipe)
+        model.load_state_dict(folded.state_dict())
+    return model
+
+
 @pytest.fixture
 def run(folder: Path) -> Callable[..., Result]:
     """Run the command line; ``callable`` in ``cli_net.py`` is the model."""
@@ -533,6 +544,53 @@ class TestExportAndVerify:
         run("verify", folder / "net.pt", out, "--input", "2x3x6x6")
         refused = run("export", folder / "net.pt", "--input", "2x3x6x6", "-o", out, status=2)
         assert "--force" in refused.stderr
+
+    def test_what_leads_to_the_weights_is_in_the_file(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path
+    ) -> None:
+        converted, out = tmp_path / "group.safetensors", tmp_path / "net.onnx"
+        run("convert", folder / "net.pt", "--to", "group", "--groups", "2", "--where", "first", "-o", converted)
+        shape = ("--input", "2x3x6x6")
+        run("export", converted, *shape, "--fold", "-o", out, "--external-data", "--metadata", "made by=me=you")
+        assert out.with_name("net.onnx.data").stat().st_size > 0
+        found = normswap.read_metadata(out)
+        assert found["made by"] == "me=you"
+        recipes = json.loads(found["normswap.recipe"])
+        assert [[step["name"] for step in recipe["steps"]] for recipe in recipes] == [["first"], ["body.1"]]
+        model = loaded_with(folder, converted, recipes)
+        assert found["normswap.weights.sha256"] == normswap.state_digest(model)
+
+    def test_pt2_with_open_axes(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out, shape = tmp_path / "net.pt2", ("--input", "2x3x6x6")
+        run(
+            "export", folder / "net.pt", *shape, "-o", out, "--dynamic", "x:0=batch,2=height", "--dynamic", "x:-1=width"
+        )
+        x = torch.randn(1, 3, 9, 7)
+        torch.testing.assert_close(normswap.load_exported(out).module()(x), loaded(folder)(x))
+        assert "normswap.recipe" not in normswap.read_metadata(out)
+        out = tmp_path / "batch.pt2"
+        run("export", folder / "net.pt", *shape, "-o", out, "--dynamic-batch")
+        assert normswap.load_exported(out).module()(x[:, :, :6, :6].expand(5, 3, 6, 6)[..., [0] * 6]).shape == (5, 5)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--dynamic", "0=batch"], "write ARGUMENT:AXIS=NAME"),
+            (["--dynamic", "x:batch"], "'batch' is not AXIS=NAME"),
+            (["--dynamic", "x:0=a", "--dynamic", "x:0=b"], "axis 0 of x is named twice"),
+            (["--dynamic", "y:0=a"], "'y', which is no argument that example_inputs give to Net.forward; those are: x"),
+            (["--dynamic", "x:0=a", "--dynamic-batch"], "are given both"),
+            (["--metadata", "text"], "write it as name=value"),
+            (["--opset", "18"], "are for .onnx files"),
+        ],
+    )
+    def test_bad_input(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, arguments: list[str], words: str
+    ) -> None:
+        out = tmp_path / "net.pt2"
+        refused = run("export", folder / "net.pt", "--input", "2x3x6x6", "-o", out, *arguments, status=2)
+        assert words in refused.stderr
+        assert not out.exists()
 
     def test_onnx_of_another_model_fails(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
         torch.save(randomise(fresh(folder), seed=1).state_dict(), tmp_path / "other.pt")

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import NormswapError
+from normswap.exported import load_exported
 from normswap.onnx.export import check_model, one_line, quiet
 from normswap.verification.inputs import Arguments, Freedom
 from normswap.verification.outputs import Outputs
@@ -142,12 +143,7 @@ def opened(program: Program) -> nn.Module | Path:
         path = Path(program)
         if path.suffix != ".pt2":
             return path
-        if not path.is_file():
-            raise NormswapError(f"{path} does not exist or is not a file")
-        try:
-            program = torch.export.load(path)
-        except Exception as error:
-            raise NormswapError(f"{path} cannot be loaded by torch.export: {one_line(error)}") from error
+        program = load_exported(path)
     if isinstance(program, ExportedProgram):
         guards = "check_guards" in inspect.signature(program.module).parameters  # They refuse float64.
         return program.module(check_guards=False) if guards else program.module()
