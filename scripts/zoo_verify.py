@@ -6,7 +6,7 @@ it carries) or ``crash``. The columns are programs that are right:
 
 - ``kernels``: the unmodified model in float32, run without oneDNN, whose kernels add in another order; six sets of
   inputs, as in all float32 columns;
-- ``float16``, ``bfloat16``: the unmodified model with channels last where its input is an image, on the given inputs;
+- ``float16``, ``bfloat16``: the unmodified model, its weights with channels last where they can be, on the given inputs;
 - ``onnxruntime``: the folded model in float32, eager and exported, graph optimizations off and on; for models of at
   most ``SMALL`` parameters.
 
@@ -15,6 +15,7 @@ it carries) or ``crash``. The columns are programs that are right:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -74,8 +75,9 @@ def verify_row(entry: Entry) -> dict[str, Any]:
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         low, low_inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
-        image = all(isinstance(value, Tensor) and value.dim() == 4 for value in inputs)
-        last = copy.deepcopy(low).to(memory_format=torch.channels_last) if image else copy.deepcopy(low)
+        last = copy.deepcopy(low)
+        with contextlib.suppress(RuntimeError):  # a parameter of another rank
+            last.to(memory_format=torch.channels_last)
         compare = partial(eager, low, last, low_inputs, vary=False)
         cells[name] = zoo.guarded(lambda compare=compare: cell(compare))  # type: ignore[misc]
     if sum(parameter.numel() for parameter in model.parameters()) > SMALL:

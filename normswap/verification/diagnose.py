@@ -102,7 +102,7 @@ class Diagnosis:
             cause = "runtime"
         entry = place.entry
         kind = search.values.kinds.get(place.name, entry.kind)
-        where = "in front of node" if place.detail else "node"
+        where = "node" if not place.detail else "left out in front of" if "left" in place.detail else "in front of"
         detail = f"{where} {entry.operator} ({entry.kind})"
         around = search.around(place.position)
         self.locations.append(Location(runner.name, place.name, kind, cause, name, detail, around))

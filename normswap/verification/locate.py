@@ -45,6 +45,8 @@ class Truth:
     name: str
     own: Tensor
     wide: Tensor | None
+    call: bool = False
+    """Whether a module gave it, and not a function in the code of one."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Values:
         for entry, exact in _pairs(own, wide):
             self.kinds.setdefault(entry.name, entry.kind)
             for index, value in enumerate(entry.outputs):
-                truth = Truth(entry.name, value, None if exact is None else exact.outputs[index])
+                truth = Truth(entry.name, value, None if exact is None else exact.outputs[index], entry.placed)
                 if entry.placed:
                     self.by_place[entry.name, entry.call, index] = truth
                 self.by_shape[tuple(value.shape)].append(truth)
@@ -122,6 +124,13 @@ class Values:
         if reference.failure is None:
             wide = trace(reference.copy_in(torch.float64), inputs, torch.float64)
         return cls(own, wide, inputs)
+
+    def maker(self, wanted: Truth) -> str | None:
+        """The module whose output a value of the reference is; ``None`` where a function made it."""
+        for truth in self.by_shape[tuple(wanted.own.shape)]:
+            if torch.equal(truth.own, wanted.own):
+                return truth.name if truth.call else None
+        return None
 
     def match(self, got: Tensor, same: Truth | None) -> Match:
         """The reference's value of the same place, or else any that ``got`` agrees with."""
@@ -291,10 +300,18 @@ class Search:
         return True
 
     def _between(self, index: int) -> Place:
-        """The code in front of a call whose input is wrong although all that it was made of is right."""
+        """What is to blame for the wrong input of a call when all that it was made of is right.
+
+        Where the input is another value of the reference, the module is missing that makes the one there should be."""
         entry = self.found.entries[index]
-        holder = entry.name.rpartition(".")[0]
         kinds = {each.name: each.kind for each in self.found.entries} | self.values.kinds
+        for number, value in enumerate(entry.inputs):
+            same = self.values.inputs.get((entry.name, entry.call, number)) if entry.placed else None
+            match = self.values.match(value, same)
+            maker = self.values.maker(same) if same is not None and match.right and match.moved else None
+            if maker is not None and maker != match.like:
+                return Place(entry, maker, kinds.get(maker, "module"), f"left out in front of {entry.name}", index)
+        holder = entry.name.rpartition(".")[0]
         detail = f"in its own code, in front of {entry.name}"
         return Place(entry, holder, kinds.get(holder, "module"), detail, index)
 
