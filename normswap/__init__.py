@@ -1,13 +1,14 @@
 """Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
 
 from normswap import norms
-from normswap.engine import Change, Plan, Site, Skip, apply_recipe, convert, find, fold, plan_convert, plan_fold
-from normswap.errors import NormswapError, Refusal
+from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_convert, plan_fold
+from normswap.errors import NormswapError, Refusal, VerificationFailed
 from normswap.exported import load_exported
 from normswap.onnx import export
 from normswap.provenance import read_metadata, state_digest
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
+from normswap.surgery import convert, fold
 from normswap.verification import Verification, verify
 from normswap.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "Site",
     "Skip",
     "Verification",
+    "VerificationFailed",
     "__version__",
     "apply_recipe",
     "builds",

@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -26,10 +27,13 @@ from normswap.errors import NormswapError
 from normswap.files import check_output
 from normswap.onnx.export import SUFFIXES as EXPORTS
 from normswap.onnx.export import export as export_model
+from normswap.reporting import check_report, write_report
 from normswap.source import Source, check_destination, load_source, save_source
 from normswap.spec import Norm
 from normswap.verification import Verification
 from normswap.verification import verify as compare
+from normswap.verification.runners import opened
+from normswap.verifying import PROGRAMS, example_of, parse_tolerance, provable
 
 Backend = Literal["onnxruntime", "eager"]
 CHECK_FAILED = 1
@@ -137,6 +141,16 @@ From = Annotated[list[str] | None, typer.Option("--from", metavar="KIND", help="
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare with the original first; on when --input is given and all changes are exact.",
+    ),
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write a report too, as .html or, to paste, .md.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
@@ -239,12 +253,14 @@ def convert(
     where: Where = None,
     skip: Skip = None,
     inputs: Inputs = None,
+    verify: Verify = None,
     key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     output: Output = None,
+    report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
     """Turn the normalizations of a model into another kind, and write the new checkpoint."""
@@ -255,19 +271,21 @@ def convert(
                 raise NormswapError(f"{name} is given twice: by --{name.replace('_', '-')} and by --option")
             options[name] = value
     registry.check_options(to, options)
-    _check_destination(output, checkpoint, dry_run, force)
+    _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
+    example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with _working("planning"):
         plan = engine.plan_convert(
             source.model,
             to,
-            example_inputs=parse_inputs(inputs or (), source.model),
+            example_inputs=example,
             init=init,
             **_selectors(where, skip, kind),
             **options,
         )
     _check_kinds(plan, kind)
-    _carry_out(plan, source, output, dry_run=dry_run, as_json=as_json, force=force)
+    check = _Check(verify, example, report_to)
+    _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
 
 
 @app.command()
@@ -279,10 +297,7 @@ def fold(
     skip: Skip = None,
     kind: From = None,
     inputs: Inputs = None,
-    verify: Annotated[
-        bool | None,
-        typer.Option("--verify/--no-verify", help="Compare with the original first; on when --input is given."),
-    ] = None,
+    verify: Verify = None,
     keep_batchnorm: Annotated[
         bool, typer.Option("--keep-batchnorm", help="Leave what no layer absorbs, instead of a multiply-add.")
     ] = False,
@@ -304,10 +319,11 @@ def fold(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     output: Output = None,
+    report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
     """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint."""
-    _check_destination(output, checkpoint, dry_run, force)
+    _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with _working("planning"):
@@ -321,11 +337,15 @@ def fold(
             **_selectors(where, skip, kind),
         )
     _check_kinds(plan, kind)
-    check_on = None if verify is False else example
-    _carry_out(plan, source, output, dry_run=dry_run, as_json=as_json, force=force, check_on=check_on)
+    check = _Check(verify, example, report_to)
+    _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
 
 
-def _check_destination(output: Path | None, checkpoint: Path | None, dry_run: bool, force: bool) -> None:
+def _check_destination(
+    output: Path | None, checkpoint: Path | None, dry_run: bool, force: bool, report_to: Path | None
+) -> None:
+    if report_to is not None:
+        check_report(report_to, force=force)
     if dry_run:
         return
     if output is None:
@@ -333,36 +353,56 @@ def _check_destination(output: Path | None, checkpoint: Path | None, dry_run: bo
     check_destination(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
 
 
+@dataclass(frozen=True)
+class _Check:
+    """What the user wants to be proven, on what, and where the report goes."""
+
+    verify: bool | None
+    example: tuple[Tensor, ...] | None
+    report_to: Path | None
+
+    @property
+    def layers(self) -> bool:
+        """Whether the report shows the inside of runs that are equivalent too."""
+        return self.report_to is not None and self.report_to.suffix == ".html"
+
+    def report(self, verification: Verification | None, title: str, force: bool, plan: engine.Plan | None) -> None:
+        if self.report_to is not None:
+            with _working(f"writing {self.report_to}"):
+                write_report(self.report_to, verification, plan=plan, title=title, force=force)
+            _say(f"wrote {self.report_to}")
+
+
 def _carry_out(
-    plan: engine.Plan,
-    source: Source,
-    output: Path | None,
-    *,
-    dry_run: bool,
-    as_json: bool,
-    force: bool,
-    check_on: tuple[Tensor, ...] | None = None,
+    plan: engine.Plan, source: Source, output: Path | None, check: _Check, *, dry_run: bool, as_json: bool, force: bool
 ) -> None:
     """Show the plan; unless dry, apply it, compare where asked, and write."""
     record: dict[str, object] = {"plan": json.loads(plan.to_json()), "verification": None, "written": []}
+    title = f"{'the model' if source.path is None else source.path.name}: {plan.operation}"
     if not as_json:
         report.show(report.plan_report(plan), Console())
     try:
         if not plan.changes and not plan.merges:
             raise _nothing_to_do(plan)
         if dry_run:
+            check.report(None, title, force, plan)
             return
         assert output is not None
+        compared, reason = provable(plan, check.verify, check.example)
+        if reason:
+            _say(reason)
         with _working("applying"):
-            changed = plan.apply(inplace=check_on is None)
-        if check_on is not None:
-            verification = _compare(source.model, changed, check_on)
+            changed = plan.apply(inplace=not compared)
+        verification = None
+        if compared:
+            verification = _compare(source.model, changed, check.example, backend="eager", layers=check.layers)
             record["verification"] = verification.to_dict()
             if not as_json:
                 report.show(report.verification_report(verification), Console())
-            if not verification:
-                _say(f"the check failed; {output} is not written")
-                raise typer.Exit(CHECK_FAILED)
+        check.report(verification, title, force, plan)
+        if verification is not None and not verification:
+            _say(f"the check failed; {output} is not written")
+            raise typer.Exit(CHECK_FAILED)
         with _working(f"writing {output}"):
             written = save_source(source, changed, plan.recipe, output, force=force)
         record["written"] = [str(path) for path in written]
@@ -374,22 +414,36 @@ def _carry_out(
 
 
 def _compare(
-    reference: nn.Module, candidate: nn.Module | Path, inputs: tuple[Tensor, ...], backend: Backend = "eager"
+    reference: nn.Module | Path, candidate: nn.Module | Path, inputs: tuple[Tensor, ...] | None, **options: Any
 ) -> Verification:
     with _working("comparing"):
-        return compare(reference, candidate, inputs, backend=backend)
+        return compare(reference, candidate, inputs, **options)
 
 
 @app.command()
 def verify(
-    reference: Annotated[Path, typer.Argument(help="The checkpoint that is right.")],
-    candidate: Annotated[Path, typer.Argument(help="The checkpoint, or the .onnx file, to compare with it.")],
-    model: ModelName,
+    reference: Annotated[Path, typer.Argument(help="What is right: a checkpoint, or an .onnx or .pt2 file.")],
+    candidate: Annotated[Path, typer.Argument(help="What to compare with it: the same kinds of file.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="WHERE:CALLABLE", help="The model of the checkpoints, if there are any."),
+    ] = None,
     inputs: Inputs = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Inputs to compare on, .npy, .npz or .pt; with it --input can be left out."),
+    ] = None,
     model_arg: ModelArgs = None,
     backend: Annotated[
         Backend | None,
-        typer.Option("--backend", help="What runs the candidate; for a checkpoint eager, unless given."),
+        typer.Option("--backend", help="What runs the candidate; for an .onnx file onnxruntime, else eager."),
+    ] = None,
+    atol: Annotated[
+        list[str] | None,
+        typer.Option("--atol", metavar="NUMBER", help="Instead of the noise floor; OUTPUT=NUMBER for one, repeatable."),
+    ] = None,
+    rtol: Annotated[
+        list[str] | None, typer.Option("--rtol", metavar="NUMBER", help="Likewise, times the reference's value.")
     ] = None,
     candidate_model: Annotated[
         str | None,
@@ -399,16 +453,30 @@ def verify(
     partial: Partial = False,
     replay: Replay = True,
     as_json: AsJson = False,
+    report_to: ReportFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the report if it exists.")] = False,
 ) -> None:
-    """Compare a checkpoint with another one, or with an .onnx file run by ONNX Runtime."""
-    source = _load(model, model_arg, reference, key=key, partial=partial, replay=replay)
-    example = _required(inputs, source, "verify")
-    if candidate.suffix == ".onnx":
-        verification = _compare(source.model, candidate, example, backend or "onnxruntime")
-    else:
-        other = _load(candidate_model or model, model_arg, candidate, partial=partial, replay=replay)
-        verification = _compare(source.model, other.model, example, backend or "eager")
+    """Compare two checkpoints, .onnx or .pt2 files; ONNX Runtime runs the .onnx ones."""
+    tolerances: dict[str, Any] = {"atol": parse_tolerance(atol, "--atol"), "rtol": parse_tolerance(rtol, "--rtol")}
+    if report_to is not None:
+        check_report(report_to, force=force)
+
+    def program(path: Path, model: str | None, key: str | None = None) -> nn.Module | Path:
+        if path.suffix in PROGRAMS:
+            with _working(f"reading {path}"):
+                return opened(path)
+        if model is None:
+            raise NormswapError(f"{path} is a checkpoint: pass --model WHERE:CALLABLE, the model that it belongs to")
+        return _load(model, model_arg, path, key=key, partial=partial, replay=replay).model
+
+    sides = program(reference, model, key), program(candidate, candidate_model or model)
+    runtime = backend or ("onnxruntime" if candidate.suffix == ".onnx" else "eager")
+    example = example_of(inputs, data, *sides)
+    check = _Check(True, example, report_to)
+    options = {"data": () if data is None else data, "layers": check.layers, **tolerances}
+    verification = _compare(*sides, example, backend=runtime, **options)
     _show(report.verification_report(verification), verification.to_dict(), as_json)
+    check.report(verification, f"{candidate.name} compared with {reference.name}", force, None)
     if not verification:
         raise typer.Exit(CHECK_FAILED)
 

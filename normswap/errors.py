@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NormswapError(ValueError):
     """Misuse: what went wrong, where (dotted name, file or key), and how to mend it."""
@@ -14,6 +16,15 @@ class Refusal(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class VerificationFailed(NormswapError):
+    """A changed model does not compute what the original does; ``verification`` has the figures, a
+    :class:`normswap.Verification`."""
+
+    def __init__(self, message: str, verification: Any) -> None:
+        super().__init__(message)
+        self.verification = verification
 
 
 class FixedArgument(NormswapError):

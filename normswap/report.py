@@ -16,9 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from normswap.engine import Plan, Site
-from normswap.verification import Verification
+from normswap.verification import Layer, Verification
+from normswap.verification.result import COLUMNS, cells
 
-STYLES = {"exact": "green", "approximate": "yellow", "retrain": "magenta", "equivalent": "green", "NOT": "bold red"}
+STYLES = {
+    "exact": "green",
+    "approximate": "yellow",
+    "retrain": "magenta",
+    "equivalent": "green",
+    "inconclusive": "yellow",
+    "different": "bold red",
+    "NOT": "bold red",
+}
 """By a cell's text, or by the first word of a line."""
 
 
@@ -48,10 +57,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Sections and closing lines, which a rich console prints as tables; ``str()`` is the plain text."""
+    """Opening lines, sections and closing lines, which a rich console prints as tables; ``str()`` is the plain text."""
 
     sections: tuple[Section, ...]
     lines: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
     text: str | None = None
     """Plain text that says the same, where the value reported has one of its own."""
 
@@ -59,14 +69,19 @@ class Report:
         if self.text is not None:
             return self.text
         parts = ["\n".join(section.plain()) for section in self.sections if section.rows]
-        return "\n\n".join([*parts, "\n".join(self.lines)] if self.lines else parts)
+        ends = ["\n".join(lines) for lines in (self.head, self.lines)]
+        return "\n\n".join(part for part in (ends[0], *parts, ends[1]) if part)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from map(_styled, self.head)
         for section in self.sections:
             if section.rows:
                 yield section.table()
-        for line in self.lines:
-            yield Text(line, style=STYLES.get(line.partition(" ")[0], ""))
+        yield from map(_styled, self.lines)
+
+
+def _styled(line: str) -> Text:
+    return Text(line, style=STYLES.get(line.partition(" ")[0], ""))
 
 
 def show(report: Report, console: Console) -> None:
@@ -113,8 +128,62 @@ def plan_report(plan: Plan) -> Report:
     )
 
 
-def verification_report(verification: Verification) -> Report:
-    return Report((), tuple(str(verification).splitlines()))
+def verification_report(found: Verification) -> Report:
+    """The verdict, what was compared with what outcome, and the first layer that differs."""
+    verdict = "equivalent" if found else "NOT equivalent"
+    return Report(
+        (outputs_section(found), problems_section(found), places_section(found), around_section(found)),
+        (f"inputs: {'; '.join(each.name for each in found.inputs)}", *(f"note: {note}" for note in found.notes)),
+        (f"{verdict} on {len(found.inputs)} sets of inputs", f"criterion: {found.criterion}"),
+        text=str(found),
+    )
+
+
+def outputs_section(found: Verification) -> Section:
+    """One row for every output of every run: that of the set of inputs that says most against it."""
+    rows = tuple((run, output, *cells(found, run, output)) for run, output in found.grouped())
+    return _without_empty("Outputs", COLUMNS, rows)
+
+
+def problems_section(found: Verification) -> Section:
+    """What is wrong with every output that is not equivalent, and on how many sets of inputs."""
+    worst, groups = found.worst(), found.grouped()
+    rows = tuple(
+        (
+            *key,
+            f"{sum(each.verdict == row.verdict for each in groups[key])} of {len(groups[key])}",
+            row.inputs,
+            row.problem or f"{row.excess:.3g} times the allowed error ({row.measure})",
+        )
+        for key, row in worst.items()
+        if row.verdict != "equivalent"
+    )
+    return Section("What differs", ("run", "output", "sets of inputs", "worst on", "because"), rows)
+
+
+def places_section(found: Verification) -> Section:
+    """Where each run first differs."""
+    rows = tuple(
+        (place.run, place.name or "(the model itself)", place.kind, f"the {place.cause}", place.inputs, place.detail)
+        for place in found.locations
+    )
+    return _without_empty("First differs in", ("run", "layer", "class", "cause", "inputs", "detail"), rows)
+
+
+def around_section(found: Verification) -> Section:
+    """The figures at the places where runs first differ, and just before and behind them."""
+    rows = tuple((place.run, *layer_cells(layer)) for place in found.locations for layer in place.around)
+    return _without_empty("Around it", ("run", *LAYER_COLUMNS), rows)
+
+
+LAYER_COLUMNS = ("layer", "class", "error", "floor", "of allowed", "compared with")
+
+
+def layer_cells(layer: Layer) -> tuple[str, ...]:
+    """A value inside a network as texts, one for each of ``LAYER_COLUMNS``."""
+    numbers = [("" if each is None else f"{each:.2e}") for each in (layer.error, layer.floor)]
+    excess = "" if layer.excess is None else f"{layer.excess:.3g}"
+    return (layer.name or "(the model itself)", layer.kind, *numbers, excess, layer.like)
 
 
 def site_record(site: Site) -> dict[str, object]:

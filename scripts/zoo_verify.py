@@ -6,7 +6,8 @@ it carries) or ``crash``. The columns are programs that are right:
 
 - ``kernels``: the unmodified model in float32, run without oneDNN, whose kernels add in another order; six sets of
   inputs, as in all float32 columns;
-- ``float16``, ``bfloat16``: the unmodified model, its weights with channels last where they can be, on the given inputs;
+- ``float16``, ``bfloat16``: the unmodified model, its weights with channels last where they can be, on the given
+  inputs;
 - ``onnxruntime``: the folded model in float32, eager and exported, graph optimizations off and on; for models of at
   most ``SMALL`` parameters.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors import safe_open
@@ -534,6 +535,167 @@ class TestFold:
         (site,) = json.loads(run("inspect", out, "--json", model="layered").stdout)["sites"]
         assert site["kind"] == "layer"
         assert "1.weight" not in torch.load(out)
+
+
+class TestProof:
+    """``--verify`` and ``--report`` of the commands that change a model."""
+
+    def test_an_exact_conversion_is_checked(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "frozen.pt"
+        flags = ("convert", folder / "net.pt", "--to", "frozen", "--json", "-o", out)
+        assert json.loads(run(*flags, "--input", "2x3x6x6").stdout)["verification"]["equivalent"] is True
+        assert json.loads(run(*flags, "--force").stdout)["verification"] is None
+        unchecked = run(*flags, "--force", "--input", "2x3x6x6", "--no-verify")
+        assert json.loads(unchecked.stdout)["verification"] is None
+        assert "nothing to verify" not in unchecked.stderr
+
+    def test_another_function_is_not(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "group.pt"
+        flags = ("convert", folder / "net.pt", "--to", "group", "--input", "2x3x6x6", "-o", out)
+        result = run(*flags)
+        assert "nothing to verify: 2 of 2 changes give another function, first (approximate) first" in result.stderr
+        assert out.exists()
+        refused = run(*flags, "--verify", "--force", status=2)
+        assert "first (approximate), body.1 (approximate)" in refused.stderr
+
+    def test_verify_needs_an_input(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        flags = ("convert", folder / "net.pt", "--to", "frozen", "--verify", "-o", tmp_path / "out.pt")
+        assert "--input" in run(*flags, status=2).stderr
+
+    @pytest.mark.parametrize("command", [("fold",), ("convert", "--to", "frozen")])
+    def test_a_failure_writes_the_report_alone(
+        self,
+        run: Callable[..., Result],
+        folder: Path,
+        tmp_path: Path,
+        command: tuple[str, ...],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        real = cli.compare
+
+        def shifted(reference: nn.Module, candidate: nn.Module, *rest: Any, **options: Any) -> Any:
+            candidate.get_parameter("head.bias").data += 0.1
+            return real(reference, candidate, *rest, **options)
+
+        monkeypatch.setattr(cli, "compare", shifted)
+        name, *flags = command
+        page = tmp_path / "report.html"
+        arguments = (folder / "net.pt", *flags, "--input", "2x3x6x6", "-o", tmp_path / "out.pt", "--report", page)
+        result = run(name, *arguments, status=1)
+        assert list(tmp_path.iterdir()) == [page]
+        assert f"wrote {page}" in result.stderr
+        text = page.read_text(encoding="utf-8")
+        assert "Not equivalent</h1>" in text
+        assert "first differs: head" in text
+        assert "Changes (2)" in text
+
+    def test_report_of_a_plan(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        page = tmp_path / "plan.md"
+        run("convert", folder / "net.pt", "--to", "group", "--dry-run", "--report", page)
+        assert page.read_text(encoding="utf-8").startswith("## ➖ Not verified: net.pt: convert to group\n")
+
+    @pytest.mark.parametrize(
+        ("report", "message"), [("report.pdf", ".html or .md"), ("taken.md", "--force"), ("no/report.md", "does not")]
+    )
+    def test_bad_report(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, report: str, message: str
+    ) -> None:
+        (tmp_path / "taken.md").write_text("mine")
+        path, out = tmp_path / report, tmp_path / "out.pt"
+        for command in (("fold", folder / "net.pt", "-o", out), ("verify", folder / "net.pt", folder / "net.pt")):
+            result = run(*command, "--input", "2x3x6x6", "--report", path, status=2)
+            assert message in result.stderr
+        assert [each.read_text() for each in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``net.onnx`` and ``net.pt2`` of ``net.pt``, inputs in ``x.npy``, and ``other.pt2``."""
+    path = tmp_path_factory.mktemp("exported")
+    x = torch.randn(2, 3, 6, 6)
+    model = loaded(folder)
+    normswap.export(model, path / "net.onnx", (x,))
+    torch.export.save(torch.export.export(model, (x,), strict=False), path / "net.pt2")
+    model.get_parameter("head.bias").data += 0.1
+    torch.export.save(torch.export.export(model, (x,), strict=False), path / "other.pt2")
+    numpy.save(path / "x.npy", x.numpy())
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's copy of an exported program
+class TestVerify:
+    def verify(self, *arguments: object, status: int = 0) -> Result:
+        result = CliRunner().invoke(app, ["verify", *map(str, arguments)])
+        assert result.exit_code == status, (result.stdout, result.stderr, result.exception)
+        return result
+
+    @pytest.mark.parametrize("names", [("net.pt2", "net.onnx"), ("net.onnx", "net.onnx")])
+    def test_files_need_no_model(self, exported: Path, names: tuple[str, str]) -> None:
+        reference, candidate = (exported / name for name in names)
+        result = self.verify(reference, candidate, "--input", "2x3x6x6")
+        assert result.stdout.startswith("equivalent")
+
+    def test_files_that_differ(self, exported: Path) -> None:
+        result = self.verify(exported / "net.pt2", exported / "other.pt2", "--input", "2x3x6x6", status=1)
+        assert result.stdout.startswith("NOT equivalent")
+
+    def test_checkpoint_against_a_file(self, run: Callable[..., Result], folder: Path, exported: Path) -> None:
+        run("verify", folder / "net.pt", exported / "net.pt2", "--input", "2x3x6x6")
+        run("verify", exported / "net.pt2", folder / "net.pt", "--input", "2x3x6x6")
+        missing = self.verify(folder / "net.pt", exported / "net.pt2", "--input", "2x3x6x6", status=2)
+        assert "net.pt is a checkpoint: pass --model" in missing.stderr
+
+    def test_data(self, exported: Path) -> None:
+        pair = (exported / "net.pt2", exported / "net.pt2", "--json", "--data", exported / "x.npy")
+        alone = json.loads(self.verify(*pair).stdout)
+        assert [each["name"] for each in alone["inputs"]][:2] == ["given", "seed 0, magnitude 1"]
+        beside = json.loads(self.verify(*pair, "--input", "2x3x6x6").stdout)
+        assert [each["name"] for each in beside["inputs"]][:2] == ["given", "x.npy"]
+        assert "absent.npy" in self.verify(*pair[:2], "--data", "absent.npy", status=2).stderr
+        assert "--data FILE" in self.verify(*pair[:2], status=2).stderr
+
+    @pytest.mark.parametrize(
+        ("flags", "status"),
+        [
+            (["--atol", "0.2"], 0),
+            (["--atol", "0.01"], 1),
+            (["--atol", "output=0.2", "--rtol", "output=1e-6"], 0),
+            (["--rtol", "1e-6"], 1),
+        ],
+    )
+    def test_tolerances(self, exported: Path, flags: list[str], status: int) -> None:
+        pair = (exported / "net.pt2", exported / "other.pt2", "--input", "2x3x6x6")
+        assert "criterion: |candidate - reference|" in self.verify(*pair, *flags, status=status).stdout
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--atol", "small"], "--atol 'small': write a number, or OUTPUT=NUMBER"),
+            (["--rtol", "output="], "--rtol 'output=': write a number"),
+            (["--atol", "1", "--atol", "2"], "the number for all outputs is given twice"),
+            (["--atol", "a=1", "--atol", "a=2"], "a is given twice"),
+            (["--atol", "1", "--atol", "a=2"], "not both"),
+            (["--atol=-1"], "at least 0"),
+            (["--atol", "logits=1"], "there is: output"),
+        ],
+    )
+    def test_bad_tolerances(self, exported: Path, flags: list[str], message: str) -> None:
+        result = self.verify(exported / "net.pt2", exported / "net.pt2", "--input", "2x3x6x6", *flags, status=2)
+        assert message in result.stderr
+
+    @pytest.mark.parametrize(
+        ("candidate", "status", "word"), [("net", 0, "Equivalent"), ("other", 1, "Not equivalent")]
+    )
+    def test_reports(self, exported: Path, tmp_path: Path, candidate: str, status: int, word: str) -> None:
+        pair = (exported / "net.pt2", exported / f"{candidate}.pt2", "--input", "2x3x6x6")
+        for path in (tmp_path / "report.html", tmp_path / "report.md"):
+            self.verify(*pair, "--report", path, status=status)
+            assert word in path.read_text(encoding="utf-8")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert f"{candidate}.pt2 compared with net.pt2" in page
+        assert page.count("<svg ") == 1
+        self.verify(*pair, "--report", tmp_path / "report.md", status=2)
+        self.verify(*pair, "--report", tmp_path / "report.md", "--force", status=status)
 
 
 class TestExportAndVerify:

@@ -409,6 +409,8 @@ class TestPrograms:
         assert found
         assert "a.onnx is a file that runs in its own dtype only" in found.criterion
         wrong = changed(model, lambda m: m[4].running_mean.mul_(1.01))
+        assert verify(first, model, image(), backend="eager")
+        assert not verify(first, wrong, image(), backend="eager")
         third = export(wrong, tmp_path / "c.onnx", image(), dynamic=True, optimize=False)
         assert not verify(first, third, image())
 

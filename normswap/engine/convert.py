@@ -13,9 +13,7 @@ from torch import fx, nn
 from normswap import registry
 from normswap.engine import guards
 from normswap.engine.carry import build, carry
-from normswap.engine.copying import copy_model
 from normswap.engine.plan import Change, Plan, Skip
-from normswap.engine.report import report
 from normswap.engine.select import Selector, check_globs, excluded
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
@@ -96,33 +94,6 @@ def plan_convert(
         else:
             plan.skips.append(Skip(site.name, decision, site.norm, site.label, site.aliases, site.evidence))
     return plan
-
-
-def convert(
-    model: nn.Module,
-    to: str = "group",
-    *,
-    where: Selector = None,
-    skip: Selector = None,
-    example_inputs: tuple[Any, ...] | None = None,
-    init: Init = "copy",
-    inplace: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """Convert every norm of ``model`` to the kind ``to`` and return the model; see :func:`plan_convert` for the
-    arguments.
-
-    Without ``inplace`` the input is not touched and a deep copy is returned. A norm that cannot be converted stays; the
-    plan has the reasons, the logger ``normswap`` has them at level INFO, and a warning is given when nothing changed at
-    all."""
-    if inplace:
-        target = model
-    else:
-        check_model(model)
-        target = copy_model(model)
-    plan = plan_convert(target, to, where=where, skip=skip, example_inputs=example_inputs, init=init, **options)
-    report(plan)
-    return plan.apply(inplace=True)
 
 
 def _decide(site: Site, to: str, options: Mapping[str, Any], init: Init, dataflow: _Dataflow) -> Change | str:

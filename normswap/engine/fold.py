@@ -9,7 +9,6 @@ from torch import nn
 
 from normswap.engine.plan import Plan
 from normswap.engine.planning import Request, planned
-from normswap.engine.report import report
 from normswap.engine.search import Options
 from normswap.engine.select import Selector
 from normswap.engine.sites import check_model, survey
@@ -57,36 +56,6 @@ def plan_fold(
         raise NormswapError("unshare and merge_branches go one after the other: fold with one, then the result")
     options = Options(keep_batchnorm, affine, unshare, merge_branches)
     return planned(Request(model, where, skip, example_inputs, options))
-
-
-def fold(
-    model: nn.Module,
-    *,
-    where: Selector = None,
-    skip: Selector = None,
-    example_inputs: tuple[Any, ...] | None = None,
-    inplace: bool = False,
-    keep_batchnorm: bool = False,
-    affine: bool = False,
-    unshare: bool = False,
-    merge_branches: bool = False,
-) -> nn.Module:
-    """Fold every norm with fixed statistics into the layers around it and return the model; see :func:`plan_fold`.
-
-    The function in eval mode stays the same up to rounding. Without ``inplace`` the input is not touched.
-    """
-    plan = plan_fold(
-        model,
-        where=where,
-        skip=skip,
-        example_inputs=example_inputs,
-        keep_batchnorm=keep_batchnorm,
-        affine=affine,
-        unshare=unshare,
-        merge_branches=merge_branches,
-    )
-    report(plan)
-    return plan.apply(inplace=inplace, undoable=False)
 
 
 def replay(

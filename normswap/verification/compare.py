@@ -16,7 +16,7 @@ from normswap.onnx.export import check_eval, check_inputs, export, isolated, one
 from normswap.verification.criterion import Measured, Row, Tolerance, judge, measure, without_zeros
 from normswap.verification.diagnose import Diagnosis
 from normswap.verification.inputs import Arguments, Variation, Variations, load_inputs
-from normswap.verification.outputs import Outputs, finite
+from normswap.verification.outputs import Outputs, finite, named_like
 from normswap.verification.reference import Answers, Reference
 from normswap.verification.result import Verification
 from normswap.verification.runners import EagerRunner, OnnxRunner, Program, Runner, freedom_of, opened
@@ -188,6 +188,8 @@ class _Comparison:
                 blank = Row(runner.name, "", variation.name)
                 try:
                     got = runner(inputs, answers.own)
+                    if truth.path is not None:  # A file has names of its own for its outputs.
+                        got = named_like((v for v in got.values() if isinstance(v, Tensor)), answers.own)
                 except Exception as error:
                     row = replace(blank, output="(all)", problem=f"failed: {one_line(error)}")
                     found.append(Measured(row))

@@ -58,6 +58,8 @@ class Match:
     excess: float | None = None
     """``None`` where the reference has nothing to compare it with."""
     like: str = ""
+    allowed: float | None = None
+    """What ``error`` may be at most; ``excess`` may come from another measure."""
     moved: bool = False
     """Whether it agrees with a value of another place than its own."""
 
@@ -87,8 +89,8 @@ def excess(got: Tensor, own: Tensor, wide: Tensor | None) -> Match:
     row = Row("", "", "", shape=tuple(got.shape), dtype=str(got.dtype).removeprefix("torch."))
     judged = judge([measure(row, own, wide, None if wide is None else own, got)])[0]
     if judged.non_finite:
-        return Match(math.inf, judged.floor, math.inf)
-    return Match(judged.relative, judged.floor, judged.excess)
+        return Match(math.inf, judged.floor, math.inf, allowed=judged.allowed)
+    return Match(judged.relative, judged.floor, judged.excess, allowed=judged.allowed)
 
 
 class Values:
@@ -340,7 +342,8 @@ class Search:
         for index, entry in enumerate(self.found.entries):
             if entry.innermost and self.matches.get(index):
                 match = max(self.matches[index], key=lambda each: -1.0 if each.excess is None else each.excess)
-                found.append(Layer(entry.name, entry.kind, match.error, match.floor, match.excess, match.like))
+                figures = (match.error, match.floor, match.excess, match.like, match.allowed)
+                found.append(Layer(entry.name, entry.kind, *figures))
         return tuple(found)
 
     def around(self, position: int) -> tuple[Layer, ...]:

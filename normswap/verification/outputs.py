@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -41,6 +41,15 @@ def _leaf(value: Any) -> Any:
         return value
     value = value.detach().cpu()
     return value if value.layout == torch.strided else value.to_dense()
+
+
+def named_like(values: Iterable[Tensor], own: Outputs) -> Outputs:
+    """Tensors by the names of the tensors in ``own``, in order; what is no tensor there is taken from it."""
+    values = list(values)
+    names = [name for name, value in own.items() if isinstance(value, Tensor)]
+    names += [f"output {index}" for index in range(len(names), len(values))]
+    rest = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
+    return {**rest, **dict(zip(names, values, strict=False))}
 
 
 def finite(outputs: Outputs) -> bool:

@@ -35,9 +35,11 @@ class Layer:
     floor: float | None
     """The reference's own."""
     excess: float | None
-    """The error in units of what is allowed there."""
+    """The error in units of what is allowed there, by the measure that says most."""
     like: str = ""
     """The reference's value that it was compared with, where it is another than that of the same name."""
+    allowed: float | None = None
+    """What ``error`` may be at most."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from normswap.errors import NormswapError
 from normswap.exported import load_exported
 from normswap.onnx.export import check_model, one_line, quiet
 from normswap.verification.inputs import Arguments, Freedom
-from normswap.verification.outputs import Outputs
+from normswap.verification.outputs import Outputs, named_like
 from normswap.verification.precision import call
 
 Program = nn.Module | ExportedProgram | str | os.PathLike[str]
@@ -79,11 +79,7 @@ class OnnxRunner:
                 raise NormswapError(f"ONNX Runtime is not given {leaf.dtype} inputs here; use backend='eager'")
 
     def __call__(self, inputs: Arguments, own: Outputs) -> Outputs:
-        values = [torch.from_numpy(value) for value in self.session.run(None, feeds(self.session, inputs))]
-        expected = [name for name, value in own.items() if isinstance(value, Tensor)]
-        extra = [f"output {index}" for index in range(len(expected), len(values))]
-        got = dict(zip([*expected, *extra], values, strict=False))
-        return {**{name: value for name, value in own.items() if not isinstance(value, Tensor)}, **got}
+        return named_like(map(torch.from_numpy, self.session.run(None, feeds(self.session, inputs))), own)
 
     def named(self, inputs: Arguments) -> Outputs:
         """Outputs by the names that they have in the file."""
