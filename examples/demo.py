@@ -50,7 +50,8 @@ def main() -> None:
     os.chdir(ROOT)
     FOLDER.mkdir(exist_ok=True)
     original, group, folded, exported = (FOLDER / f"digits{end}" for end in (".pt", ".group.pt", ".folded.pt", ".onnx"))
-    for path in (group, folded, exported):
+    page = FOLDER / "verification.html"
+    for path in (group, folded, exported, page):
         path.unlink(missing_ok=True)
         Path(f"{path}.normswap.json").unlink(missing_ok=True)
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def main() -> None:
 
     step("To ONNX, and the judgement of ONNX Runtime")
     command("export", folded, *MODEL, *INPUT, "-o", exported)
-    command("verify", original, exported, *MODEL, *INPUT)
+    command("verify", original, exported, *MODEL, *INPUT, "--report", page)
 
     step("Files")
     for path in sorted(FOLDER.iterdir()):
