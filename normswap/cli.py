@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeGuard
 
 import typer
 from rich.console import Console
@@ -25,6 +26,7 @@ from normswap import __version__, engine, registry, report
 from normswap.arguments import build_model, parse_dynamic, parse_inputs, parse_pairs, parse_texts
 from normswap.errors import NormswapError
 from normswap.files import check_output
+from normswap.onnx import surgery as onnx_files
 from normswap.onnx.export import SUFFIXES as EXPORTS
 from normswap.onnx.export import export as export_model
 from normswap.reporting import check_report, write_report
@@ -34,6 +36,9 @@ from normswap.verification import Verification
 from normswap.verification import verify as compare
 from normswap.verification.runners import opened
 from normswap.verifying import PROGRAMS, example_of, parse_tolerance, provable
+
+if TYPE_CHECKING:
+    from normswap.onnx.plan import FilePlan
 
 Backend = Literal["onnxruntime", "eager"]
 CHECK_FAILED = 1
@@ -117,6 +122,15 @@ ModelName = Annotated[
     str,
     typer.Option("--model", "-m", metavar="WHERE:CALLABLE", help="package.module:callable or file.py:callable."),
 ]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="WHERE:CALLABLE",
+        help="package.module:callable or file.py:callable; not for an .onnx file, which holds its graph.",
+    ),
+]
 To = Annotated[
     str, typer.Option("--to", metavar="KIND", callback=_kind, help=f"One of: {', '.join(registry.kinds())}.")
 ]
@@ -125,6 +139,10 @@ ModelArgs = Annotated[
 ]
 CheckpointFile = Annotated[
     Path | None, typer.Argument(help="A .pt, .pth or .safetensors file; without it, the model's own weights.")
+]
+GraphFile = Annotated[
+    Path | None,
+    typer.Argument(help="A .pt, .pth or .safetensors file, or an .onnx file; without it, the model's own weights."),
 ]
 Key = Annotated[
     str | None, typer.Option("--key", help="Which state dict of the checkpoint, where it holds several, such as ema.")
@@ -155,7 +173,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 
 
 def _load(
-    model: str,
+    model: str | None,
     model_args: list[str] | None,
     path: Path | None,
     *,
@@ -163,6 +181,8 @@ def _load(
     partial: bool = False,
     replay: bool = True,
 ) -> Source:
+    if model is None:
+        raise NormswapError("which model? Pass --model WHERE:CALLABLE; only an .onnx file needs none")
     with _working("reading the model"):
         built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
         source = load_source(built, path, key=key, partial=partial, replay=replay)
@@ -216,8 +236,8 @@ def _nothing_to_do(plan: engine.Plan) -> NormswapError:
 
 @app.command()
 def inspect(
-    model: ModelName,
-    checkpoint: CheckpointFile = None,
+    model: OptionalModel = None,
+    checkpoint: GraphFile = None,
     model_arg: ModelArgs = None,
     inputs: Inputs = None,
     key: Key = None,
@@ -225,7 +245,13 @@ def inspect(
     replay: Replay = True,
     as_json: AsJson = False,
 ) -> None:
-    """List every normalization of a model."""
+    """List every normalization of a model, or of an .onnx file."""
+    if _is_onnx(checkpoint):
+        _refuse_with_onnx(**{"--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key})
+        with _working(f"reading {checkpoint}"):
+            found = onnx_files.inspect(checkpoint)
+        _show(report.sites_report(found), {"sites": [report.site_record(site) for site in found]}, as_json)
+        return
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     with _working("looking for normalizations"):
         sites = engine.find(source.model, parse_inputs(inputs or (), source.model))
@@ -234,11 +260,11 @@ def inspect(
 
 @app.command()
 def convert(
-    model: ModelName,
     to: Annotated[
         str, typer.Option("--to", metavar="KIND", callback=_kind, help=f"One of: {', '.join(registry.kinds())}.")
     ],
-    checkpoint: CheckpointFile = None,
+    model: OptionalModel = None,
+    checkpoint: GraphFile = None,
     model_arg: ModelArgs = None,
     groups: Annotated[int | None, typer.Option("--groups", help="Number of groups (group).")] = None,
     channels_per_group: Annotated[
@@ -263,7 +289,7 @@ def convert(
     report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
-    """Turn the normalizations of a model into another kind, and write the new checkpoint."""
+    """Turn the normalizations of a model, or of an .onnx file, into another kind, and write the result."""
     options: dict[str, Any] = parse_pairs(option or (), "--option")
     for name, value in (("groups", groups), ("channels_per_group", channels_per_group)):
         if value is not None:
@@ -271,6 +297,17 @@ def convert(
                 raise NormswapError(f"{name} is given twice: by --{name.replace('_', '-')} and by --option")
             options[name] = value
     registry.check_options(to, options)
+    if _is_onnx(checkpoint):
+        _refuse_with_onnx(**{
+            "--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key, "--partial": partial,
+            "--init": init != "copy", "--verify": verify,
+        })  # fmt: skip
+        selectors = _selectors(where, skip, kind)
+        _carry_out_onnx(
+            lambda: onnx_files.plan_convert(checkpoint, to, **selectors, **options), checkpoint, output, kind,
+            _Check(False, None, report_to), [], dry_run=dry_run, as_json=as_json, force=force,
+        )  # fmt: skip
+        return
     _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
@@ -290,8 +327,8 @@ def convert(
 
 @app.command()
 def fold(
-    model: ModelName,
-    checkpoint: CheckpointFile = None,
+    model: OptionalModel = None,
+    checkpoint: GraphFile = None,
     model_arg: ModelArgs = None,
     where: Where = None,
     skip: Skip = None,
@@ -322,7 +359,19 @@ def fold(
     report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
-    """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint."""
+    """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint or .onnx file."""
+    if _is_onnx(checkpoint):
+        _refuse_with_onnx(**{
+            "--model": model, "--model-arg": model_arg, "--key": key, "--partial": partial,
+            "--merge-branches": merge_branches, "--affine": affine,
+        })  # fmt: skip
+        selectors = _selectors(where, skip, kind)
+        wanted = verify or (verify is None and bool(inputs))
+        _carry_out_onnx(
+            lambda: onnx_files.plan_fold(checkpoint, unshare=unshare, **selectors), checkpoint, output, kind,
+            _Check(wanted, None, report_to), inputs or [], dry_run=dry_run, as_json=as_json, force=force,
+        )  # fmt: skip
+        return
     _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
@@ -339,6 +388,70 @@ def fold(
     _check_kinds(plan, kind)
     check = _Check(verify, example, report_to)
     _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
+
+
+def _is_onnx(checkpoint: Path | None) -> TypeGuard[Path]:
+    return checkpoint is not None and checkpoint.suffix == ".onnx"
+
+
+def _refuse_with_onnx(**options: object) -> None:
+    """Raise for an option that says nothing of an .onnx file."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise NormswapError(f"{', '.join(given)}: not for an .onnx file, which holds its own graph and weights")
+
+
+def _carry_out_onnx(
+    planned: Callable[[], FilePlan],
+    checkpoint: Path,
+    output: Path | None,
+    kinds: list[str] | None,
+    check: _Check,
+    inputs: list[str],
+    *,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Show the plan of an .onnx file; unless dry, compare where asked, and write the new one."""
+    if not dry_run:
+        if output is None:
+            raise NormswapError("where to? Pass -o FILE.onnx to write the result, or --dry-run to see the plan alone")
+        check_output(output, force=force, inputs=(checkpoint,))
+    if check.report_to is not None:
+        check_report(check.report_to, force=force)
+    with _working("planning"):
+        plan = planned()
+    table, title = plan.table, f"{checkpoint.name}: {plan.table.operation}"
+    _check_kinds(table, kinds)
+    record: dict[str, object] = {"plan": plan.to_dict(), "verification": None, "written": []}
+    if not as_json:
+        report.show(report.plan_report(table), Console())
+    try:
+        if not plan.changes:
+            raise _nothing_to_do(table)
+        if dry_run or output is None:
+            check.report(None, title, force, table)
+            return
+        verification = _compare_files(plan, output, inputs) if check.verify else None
+        _judge(verification, check, record, title, output, table, as_json=as_json, force=force)
+        with _working(f"writing {output}"):
+            written = plan.apply(output, force=force)
+        record["written"] = [str(path) for path in written]
+        for path in written:
+            _say(f"wrote {path}")
+    finally:
+        if as_json:
+            typer.echo(json.dumps(record, indent=1))
+
+
+def _compare_files(plan: FilePlan, output: Path, texts: list[str]) -> Verification:
+    """Write the result into a folder beside the output, for as long as it takes to run it."""
+    inputs = parse_inputs(texts, nn.Identity()) or plan.example_inputs()
+    with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".normswap-") as folder:
+        candidate = Path(folder) / output.name
+        plan.apply(candidate)
+        return _compare(plan.source, candidate, inputs, backend="onnxruntime")
 
 
 def _check_destination(
@@ -373,6 +486,28 @@ class _Check:
             _say(f"wrote {self.report_to}")
 
 
+def _judge(
+    verification: Verification | None,
+    check: _Check,
+    record: dict[str, object],
+    title: str,
+    output: Path,
+    plan: engine.Plan,
+    *,
+    as_json: bool,
+    force: bool,
+) -> None:
+    """Show what a check found, write the report, and end with the exit status of a failure."""
+    if verification is not None:
+        record["verification"] = verification.to_dict()
+        if not as_json:
+            report.show(report.verification_report(verification), Console())
+    check.report(verification, title, force, plan)
+    if verification is not None and not verification:
+        _say(f"the check failed; {output} is not written")
+        raise typer.Exit(CHECK_FAILED)
+
+
 def _carry_out(
     plan: engine.Plan, source: Source, output: Path | None, check: _Check, *, dry_run: bool, as_json: bool, force: bool
 ) -> None:
@@ -396,13 +531,7 @@ def _carry_out(
         verification = None
         if compared:
             verification = _compare(source.model, changed, check.example, backend="eager", layers=check.layers)
-            record["verification"] = verification.to_dict()
-            if not as_json:
-                report.show(report.verification_report(verification), Console())
-        check.report(verification, title, force, plan)
-        if verification is not None and not verification:
-            _say(f"the check failed; {output} is not written")
-            raise typer.Exit(CHECK_FAILED)
+        _judge(verification, check, record, title, output, plan, as_json=as_json, force=force)
         with _working(f"writing {output}"):
             written = save_source(source, changed, plan.recipe, output, force=force)
         record["written"] = [str(path) for path in written]

@@ -243,14 +243,14 @@ def _permute_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
 
 
 def _reshape_in(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    return _matching(flow.shape(node), flow.shape(first(node)), axis)
+    return matching(flow.shape(node), flow.shape(first(node)), axis)
 
 
 def _reshape_out(flow: Flow, node: fx.Node, axis: int) -> int | None:
-    return _matching(flow.shape(first(node)), flow.shape(node), axis)
+    return matching(flow.shape(first(node)), flow.shape(node), axis)
 
 
-def _matching(ours: Shape | None, theirs: Shape | None, axis: int) -> int | None:
+def matching(ours: Shape | None, theirs: Shape | None, axis: int) -> int | None:
     """The axis of ``theirs`` that holds what ``axis`` of ``ours`` holds, after a reshape."""
     if ours is None or theirs is None:
         return None
