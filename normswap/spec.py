@@ -16,6 +16,11 @@ instance     space                                      Ulyanov et al., arXiv 16
 rms          as layer; not centred, mean square for v   Zhang and Sennrich, arXiv 1910.07467
 switchable   a learned mixture of instance, layer and   Luo et al., arXiv 1806.10779
              batch moments
+renorm       as batch, moved towards the running ones   Ioffe, arXiv 1702.03275
+ghost        parts of the batch, space                  Hoffer et al., arXiv 1705.08741
+batch_       batch, space and space alone: the outputs  Nam and Kim, arXiv 1805.07925
+instance     are mixed
+frn          as instance; not centred, mean square      Singh and Krishnan, arXiv 1911.09737
 ===========  =========================================  ==========================================
 
 A norm whose moments are *running statistics* in eval mode is there a **channel affine**,
@@ -81,7 +86,17 @@ class Norm:
     fixed: bool = False
     """Running statistics also in train mode, affine not trained: a frozen norm."""
     gates: tuple[Tensor, Tensor] | None = None
-    """Switchable only: logits of shape ``(3,)`` for means and for variances, in the order instance, layer, batch."""
+    """Switchable only: logits of shape ``(3,)`` for means and for variances, in the order instance, layer, batch; of
+    shape ``(2,)`` without batch."""
+    share: Tensor | None = None
+    """Batch-instance only: the part of the batch-normalized value, the rest being instance-normalized; in [0, 1]."""
+    threshold: Tensor | None = None
+    """Frn only: what lies below it is raised to it."""
+    limits: tuple[Tensor, Tensor] | None = None
+    """Renorm only: how far train mode may stretch (at least 1) and move (at least 0) from the batch's moments to the
+    running ones, in deviations."""
+    virtual_batch: int | None = None
+    """Ghost only: train mode normalizes so many samples together."""
     then: tuple[nn.Module, ...] = ()
     """What runs after the norm inside the same module: drop, activation."""
     upcast: bool = False
@@ -99,6 +114,11 @@ class Norm:
         return self.running_mean is not None and self.running_var is not None
 
     @property
+    def mixes(self) -> bool:
+        """Whether it is a learned mixture of several norms."""
+        return self.gates is not None or self.share is not None
+
+    @property
     def follows(self) -> bool:
         """Whether something runs behind the norm inside the same module that changes its output."""
         return any(not isinstance(module, nn.Identity) for module in self.then)
@@ -106,7 +126,7 @@ class Norm:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The norm's tensors by field name, absent ones left out."""
-        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "share", "threshold")
         found = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if self.gates is not None:
             found["mean_gate"], found["var_gate"] = self.gates
@@ -133,7 +153,7 @@ def epsilon(norm: Norm, dtype: torch.dtype) -> float:
 def scale_shift(norm: Norm) -> tuple[Tensor, Tensor] | None:
     """``(s, t)`` in float64, each ``(channels,)``, of a norm that is a channel affine in eval mode; ``None`` for
     others."""
-    if not norm.has_statistics or (norm.gates is not None and not batch_gated(norm)):
+    if not norm.has_statistics or (norm.mixes and not batch_gated(norm)):
         return None
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -152,7 +172,7 @@ GATE_TOLERANCE = 1e-6
 
 
 def gate_weights(norm: Norm) -> tuple[Tensor, Tensor]:
-    """Softmax of the two gates in float64, each ``(3,)``: instance, layer, batch."""
+    """Softmax of the two gates in float64, each ``(3,)``: instance, layer, batch; or ``(2,)``."""
     if norm.gates is None:
         raise NormswapError(f"{norm} has no gates; only a switchable norm does")
     mean, var = (gate.detach().double().softmax(0) for gate in norm.gates)
@@ -160,7 +180,14 @@ def gate_weights(norm: Norm) -> tuple[Tensor, Tensor]:
 
 
 def _gated(norm: Norm) -> int | None:
-    """The one source (0 instance, 1 layer, 2 batch) that both gates select, if there is one."""
+    """The one source (0 instance, 1 layer, 2 batch) that both gates, or all shares, select, if there is one."""
+    if norm.share is not None:
+        if norm.ranks == frozenset({2}):  # On (N, C) an instance is one value: it is all batch.
+            return 2
+        if norm.share.is_meta or bool(((norm.share > 0) & (norm.share < 1)).any()):
+            return None
+        chosen = norm.share.detach() >= 1
+        return 2 if bool(chosen.all()) else None if bool(chosen.any()) else 0
     mean, var = gate_weights(norm)
     if mean.is_meta:
         return None
@@ -171,7 +198,7 @@ def _gated(norm: Norm) -> int | None:
 
 
 def batch_gated(norm: Norm) -> bool:
-    return norm.gates is not None and _gated(norm) == 2
+    return norm.mixes and _gated(norm) == 2
 
 
 def reference(x: Tensor, norm: Norm, *, training: bool = False) -> Tensor:
@@ -195,9 +222,20 @@ def reference(x: Tensor, norm: Norm, *, training: bool = False) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         mean, var = (_per_channel(s.double(), first) for s in (norm.running_mean, norm.running_var))
+    elif training and norm.virtual_batch is not None:
+        parts = first.split(virtual_batches(len(first), norm.virtual_batch))
+        mean, var = (torch.cat(each) for each in zip(*(_pooled(part, norm) for part in parts), strict=True))
     else:
         mean, var = _pooled(first, norm)
-    out = _affine(first, mean, var, eps, norm, (norm.channels, *[1] * (first.dim() - 2)))
+        if training and norm.limits is not None:
+            mean, var = _renormalized(first, mean, var, eps, norm)
+    each = (norm.channels, *[1] * (first.dim() - 2))
+    out = _affine(first, mean, var, eps, norm, each)
+    if norm.share is not None and first.dim() > 2:
+        alone = _affine(first, *_moments(first, tuple(range(2, first.dim())), norm), eps, norm, each)
+        out = torch.lerp(alone, out, norm.share.detach().to(out).clamp(0, 1).reshape(each))
+    if norm.threshold is not None:
+        out = torch.maximum(out, norm.threshold.detach().to(out).reshape(each))
     return out if norm.channel_axis == 1 else out.movedim(1, -1)
 
 
@@ -226,13 +264,13 @@ def _pooled(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
 def _mixture(x: Tensor, norm: Norm, running: bool) -> tuple[Tensor, Tensor]:
     space = tuple(range(2, x.dim()))
     sources = [_moments(x, space, norm), _moments(x, (1, *space), norm)]
-    if running:
+    gates = gate_weights(norm)
+    if len(gates[0]) == 3 and running:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         sources.append((_per_channel(norm.running_mean.double(), x), _per_channel(norm.running_var.double(), x)))
-    else:
+    elif len(gates[0]) == 3:
         sources.append(_moments(x, (0, *space), norm))
-    gates = gate_weights(norm)
     if not space:  # On (N, C) an instance is one value: its share goes to layer and batch.
         sources = sources[1:]
         gates = tuple(g[1:] / g[1:].sum() for g in gates)  # type: ignore[assignment]
@@ -241,6 +279,25 @@ def _mixture(x: Tensor, norm: Norm, running: bool) -> tuple[Tensor, Tensor]:
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
     return mean, var
+
+
+def virtual_batches(samples: int, size: int) -> list[int]:
+    """The sizes of the parts, at most ``size`` and as even as can be, that ``samples`` are cut into."""
+    count = -(-samples // size)
+    return [samples // count + (index < samples % count) for index in range(count)]
+
+
+def _renormalized(x: Tensor, mean: Tensor, var: Tensor, eps: float, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The moments with which ``(x - mean) / deviation`` is the batch's own times r plus d."""
+    assert norm.limits is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    furthest, far = (float(limit) for limit in norm.limits)
+    past = torch.sqrt(_per_channel(norm.running_var.double(), x) + eps)
+    deviation = torch.sqrt(var + eps)
+    r = (deviation / past).clamp(1 / furthest, furthest)
+    d = ((mean - _per_channel(norm.running_mean.double(), x)) / past).clamp(-far, far)
+    return mean - d * deviation / r, (deviation / r).square() - eps
 
 
 def _affine(x: Tensor, mean: Tensor, var: Tensor, eps: float, norm: Norm, shape: tuple[int, ...]) -> Tensor:
@@ -269,7 +326,7 @@ def _structure(norm: Norm) -> tuple[object, ...]:
     """What the moments run over, in a form that is equal for equal functions (``group(1)`` and ``layer`` over a
     map)."""
     pools, groups = norm.pools, norm.groups
-    if norm.gates is not None:
+    if norm.mixes:
         source = _gated(norm)
         if source is None:
             return ("mixture",)
@@ -306,6 +363,7 @@ def exactness(source: Norm, target: Norm) -> Exactness:
             and _same(source.weight, target.weight, 1.0)
             and _same(source.bias, target.bias, 0.0)
             and ("mixture",) not in (_structure(source),)
+            and _same(source.threshold, target.threshold, float("-inf"))
         )
     if same:
         return "exact"

@@ -1,6 +1,7 @@
 """Benchmarks: ratios against a named peer in the same run.
 
     python scripts/bench.py convert    ResNet-152 to sync against torch's own converter; memory; growth to 10,000 norms
+    python scripts/bench.py layers     the layers that torch lacks against BatchNorm2d: time and memory
     python scripts/bench.py fold       folding against torch.fx's fuse; memory; growth to 5,000 layers; inference
     python scripts/bench.py verify     seeded faults in real models: which are seen, and where; time
 
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normswap
 import tests.zoo.schemas  # noqa: F401  before torchvision
+from scripts.bench_layers import bench_layers
 
 warnings.simplefilter("ignore")
 
@@ -295,7 +297,7 @@ def bench_verify(repeats: int) -> list[str]:
     return bench_verify.bench(repeats)
 
 
-BENCHES = {"convert": bench_convert, "fold": bench_fold, "verify": bench_verify}
+BENCHES = {"convert": bench_convert, "fold": bench_fold, "layers": bench_layers, "verify": bench_verify}
 
 
 def main() -> None:

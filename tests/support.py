@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normswap import Norm, Plan, apply_recipe, plan_convert, plan_fold, read, reference, registry
 from normswap.engine.carry import fresh
+from normswap.norms import moments
 from normswap.norms.affine import ChannelAffine
+from normswap.norms.passes import Passes
 
 DOUBLE = 1e-9
 SINGLE = 2e-5
@@ -36,6 +38,8 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             if name.rpartition(".")[2] in ("running_var", "weight"):
                 values = values.abs() + 0.5
+            if name.rpartition(".")[2] == "share":
+                values = values.sigmoid()
             tensor.copy_(values)
     return module
 
@@ -135,13 +139,14 @@ BATCH_NORM_OPERATORS = ("native_batch_norm", "_batch_norm_impl_index", "cudnn_ba
 
 
 def batch_norms_run(model: nn.Module, *inputs: Any) -> int:
-    """How many batch norms a call computes; a ``ChannelAffine``, which borrows their kernel, is none."""
+    """How many batch norms a call computes; a ``ChannelAffine`` and the moment core, which borrow their kernel, are
+    none."""
 
     def plain(self: ChannelAffine, x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 2))
         return x * self.scale.reshape(shape) + self.shift.reshape(shape)
 
-    with mock.patch.object(ChannelAffine, "forward", plain):
+    with mock.patch.object(ChannelAffine, "forward", plain), mock.patch.object(moments, "passes", Passes):
         counts = operators(lambda: model(*inputs))
     return sum(count for name, count in counts.items() if "batch_norm" in name)
 

@@ -82,7 +82,7 @@ def test_every_norm_is_in_the_plan_and_the_model_runs(kind: str) -> None:
     assert bool(new(X).isfinite().all())
     skipped = {skip.name for skip in plan.skips}
     left = len(skipped & {*NAMES, "head.1", "instance_norm"})
-    computed_by_batch_norm = ("batch", "sync", "frozen", "instance")
+    computed_by_batch_norm = ("batch", "sync", "frozen", "instance", "renorm", "ghost")
     assert batch_norms_run(new.eval(), X) == (8 if kind in computed_by_batch_norm else left)
 
 

@@ -48,13 +48,13 @@ def part_of(
     which then holds for a weight of one and a bias of zero too, as a fresh model has them."""
     norm, module = site.norm, site.module
     assert norm is not None
-    if norm.has_statistics or norm.gates is not None:
+    if norm.has_statistics:
         return f"{norm.kind} computes its statistics from each input, and has running ones besides"
     if norm.weight is None and norm.bias is None:
         return "it has no affine to fold"
     if site.call is not None:
         return "functional norm: fold takes the affine out of modules only"
-    if norm.follows:
+    if norm.follows or norm.threshold is not None:
         return "an activation follows inside it"
     if (reason := _guarded(site, flow, owners)) is not None:
         return reason

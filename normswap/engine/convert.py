@@ -179,6 +179,10 @@ def lost(norm: Norm, target: Norm) -> tuple[str, ...]:
         gone.append("running statistics")
     if norm.gates is not None and target.gates is None:
         gone.append("gates")
+    if norm.share is not None and target.share is None:
+        gone.append("share")
+    if norm.threshold is not None and target.threshold is None:
+        gone.append("threshold")
     if target.fixed and not norm.fixed:
         gone.append("training of affine and statistics")
     if norm.upcast and not target.upcast:

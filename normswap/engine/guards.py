@@ -19,7 +19,7 @@ FEW = 8
 
 def elements(target: Norm, shapes: tuple[tuple[int, ...], ...] | None, evidence: Evidence) -> int | None:
     """The fewest elements that the new norm's moments run over; ``None`` where that is not known or does not matter."""
-    if target.has_statistics or target.gates is not None or not target.pools or target.shape is not None:
+    if target.has_statistics or target.mixes or not target.pools or target.shape is not None:
         return None
     if "batch" in target.pools:
         return None

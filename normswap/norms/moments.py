@@ -1,0 +1,208 @@
+r"""One core for the norms that torch lacks: a scale and a shift for each sample and channel, made from their moments.
+
+For ``x`` of shape ``(N, C, *S)`` with :math:`L = \prod S` values behind each sample and channel,
+
+.. math::  m = \tfrac1L \sum_s x_s,\quad v = \tfrac1L \sum_s (x_s - m)^2,\quad
+           (a, b) = f(m, v, \theta),\quad y = a\,x + b,
+
+with :math:`m, v, a, b` of shape ``(N, C)``. A layer is its *coefficients* :math:`f`: a differentiable function of small
+tensors. Moments pooled over the batch or over channels follow from :math:`m, v` by the law of total variance,
+:math:`V = \overline{v} + \overline{(m - M)^2}`.
+
+**Rounding.** Nothing here subtracts numbers that are large against the spread of the data. With the shift :math:`k`,
+the mean as the working precision has it, :math:`d = x - k` is small; :math:`m = k + \bar d`, :math:`v =
+\overline{d^2} - \bar d^2` where :math:`\bar d` is no more than a rounding error (the corrected two-pass algorithm:
+Chan, Golub and LeVeque, *Algorithms for computing the sample variance*, 1983). The ``(N, C)`` part is computed in
+float64, and :math:`y = a\,d + (b + a k)`. Inputs of 16 bits are accumulated in float32.
+
+**Gradient.** For :math:`g = \partial E / \partial y`: :math:`\partial E / \partial b = \sum g`,
+:math:`\partial E / \partial a = \sum g x = \sum g d + k \sum g`; ordinary autograd takes these through :math:`f` to
+:math:`\theta`, :math:`m` and :math:`v`, and
+
+.. math::  \frac{\partial E}{\partial x} = a\,g + \tfrac1L \frac{\partial E}{\partial m}
+           + \tfrac2L \frac{\partial E}{\partial v} (x - m) .
+
+Of large tensors, only ``x`` is kept for it. On a CPU both directions go through ``x`` in blocks that stay in its cache.
+Under ``torch.compile``, ``torch.export``, ``torch.func`` and forward-mode differentiation, and to be differentiated
+twice, the same is written in plain operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normswap.norms.passes import Passes, fine, passes, wide
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and biased variance over space, each ``(N, C)``, in float64 where the device has it."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+    """Values behind each of them: the product of the spatial sizes."""
+
+    def over_batch(self, total: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Moments over batch and space, each ``(C,)``. ``total``, a differentiable sum of a tensor over processes,
+        pools over their batches too, whose sizes may differ."""
+        if total is None:
+            mean = self.mean.mean(0)
+            return mean, (self.var + (self.mean - mean).square()).mean(0)
+        sums = total(torch.cat([self.mean.sum(0), self.mean.new_tensor([float(len(self.mean))])]))
+        mean = sums[:-1] / sums[-1]
+        return mean, total((self.var + (self.mean - mean).square()).sum(0)) / sums[-1]
+
+    def over_channels(self, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """Moments over the channels of each group and space, each ``(N, groups)``."""
+        if groups == 1:
+            mean = self.mean.mean(1, keepdim=True)
+            return mean, (self.var + (self.mean - mean).square()).mean(1, keepdim=True)
+        own, var = (moment.unflatten(1, (groups, -1)) for moment in (self.mean, self.var))
+        mean = own.mean(2, keepdim=True)
+        return mean.squeeze(2), (var + (own - mean).square()).mean(2)
+
+
+class Coefficients(NamedTuple):
+    """``y = scale * x + shift``, each ``(N, C)`` or broadcast to it, in the dtype of the moments."""
+
+    scale: Tensor
+    shift: Tensor
+    seen: tuple[Tensor, ...] = ()
+    """What the layer wants back, detached: the moments for its running statistics."""
+
+
+def affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, seen: tuple[Tensor, ...] = ()
+) -> Coefficients:
+    """The coefficients of ``(x - mean) / sqrt(var + eps) * weight + bias``; moments ``(N, C)`` or broadcast to it."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+    return Coefficients(scale, shift, seen)
+
+
+Function = Callable[..., Coefficients]
+"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
+
+
+def normalize(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``(y, seen)`` with ``y = a x + b`` in the shape, dtype and memory format of ``x``.
+
+    ``x`` has shape ``(N, C, *S)``, any floating dtype; ``(a, b, seen) = function(moments, *tensors)``. Gradients flow
+    to ``x`` and to ``tensors``, not to ``seen``. An empty ``x`` has no moments: ``seen`` is empty too."""
+    if x.numel() == 0:
+        return _empty(x, tensors), ()
+    if _plainly(x, tensors):
+        return plain(x, function, *tensors)
+    if not torch.is_grad_enabled():
+        return _run(x, function, tensors, graph=False)[:2]
+    out, *seen = _Normalize.apply(x, function, *tensors)  # type: ignore[no-untyped-call]
+    return out, tuple(seen)
+
+
+def _empty(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """No values, of which every gradient is zero."""
+    return x + sum(t.to(x.dtype).sum() for t in tensors if t is not None)
+
+
+def _plainly(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether something looks into the operations."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, *tensors))
+    )
+
+
+def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`normalize` in operations that torch differentiates, compiles and exports by itself."""
+    small = fine(x.device)
+    flat = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)).to(wide(x.dtype))  # (N, C, L)
+    shift = flat.detach().mean(2, keepdim=True)
+    centred = flat - shift
+    rest, square = centred.mean(2).to(small), centred.square().mean(2).to(small)
+    base = shift.squeeze(2).to(small)
+    moments = Moments(base + rest, (square - rest.square()).clamp(min=0), flat.shape[2])
+    scale, offset, seen = function(moments, *tensors)
+    offset = offset + scale * base
+    scale, offset = (each.expand_as(base).to(flat.dtype).unsqueeze(2) for each in (scale, offset))
+    return (centred * scale + offset).to(x.dtype).reshape(x.shape), tuple(each.detach() for each in seen)
+
+
+@dataclass(frozen=True)
+class _Small:
+    """The ``(N, C)`` part of one call, and the graph that autograd made of it."""
+
+    over: Passes
+    mean: Tensor
+    var: Tensor
+    leaves: list[Tensor | None]
+    scale: Tensor
+    shift: Tensor
+
+
+def _run(
+    x: Tensor, function: Function, tensors: tuple[Tensor | None, ...], graph: bool
+) -> tuple[Tensor, tuple[Tensor, ...], _Small]:
+    over = passes(x)
+    dense = over.dense(x)
+    mean, var = (moment.requires_grad_(graph and x.requires_grad) for moment in over.measure(dense))
+    leaves = [t if t is None else t.detach().requires_grad_(graph and t.requires_grad) for t in tensors]
+    with torch.set_grad_enabled(graph):
+        scale, shift, seen = function(Moments(mean, var, over.count), *leaves)
+        scale, shift = scale.expand_as(mean), shift.expand_as(mean)
+    out = over.affine(dense, scale.detach(), shift.detach())
+    return out, tuple(each.detach().clone() for each in seen), _Small(over, mean, var, leaves, scale, shift)
+
+
+class _Normalize(torch.autograd.Function):
+    """:func:`normalize`, by hand: see the module's text."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        out, seen, small = _run(x.detach().requires_grad_(x.requires_grad), function, tensors, graph=True)
+        ctx.mark_non_differentiable(*seen)
+        ctx.save_for_backward(x, *tensors)
+        ctx.function, ctx.small = function, small
+        return (out, *seen)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(ctx, x, tensors, gradients[0])
+        small: _Small = ctx.small
+        over, mean, var = small.over, small.mean, small.var
+        dense, grad = over.dense(x), over.dense(gradients[0])
+        total, product = over.sums(dense, grad)
+        outputs = [(out, g) for out, g in ((small.scale, product), (small.shift, total)) if out.requires_grad]
+        wanted = [t for t in (mean, var, *small.leaves) if t is not None and t.requires_grad]
+        found: dict[int, Tensor] = {}
+        if outputs and wanted:
+            made, given = zip(*outputs, strict=True)
+            grads = torch.autograd.grad(made, wanted, given, retain_graph=True, allow_unused=True)
+            found = {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
+        dx = None
+        if ctx.needs_input_grad[0]:
+            slope = found.get(id(var), torch.zeros_like(var)) * (2 / over.count)
+            level = found.get(id(mean), torch.zeros_like(mean)) / over.count - slope * mean.detach()
+            dx = over.combine(dense, grad, small.scale.detach(), slope, level)
+        return dx, None, *(None if t is None else found.get(id(t)) for t in small.leaves)
+
+
+def _again(ctx: Any, x: Tensor, tensors: list[Tensor | None], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients in plain operations, to be differentiated again."""
+    out, _ = plain(x, ctx.function, *tensors)
+    inputs = zip((x, None, *tensors), ctx.needs_input_grad, strict=True)
+    wanted = [t for t, needed in inputs if needed and t is not None]
+    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

@@ -1,0 +1,188 @@
+"""What the layers on :mod:`normswap.norms.moments` share: torch's constructor, running statistics, building.
+
+Running statistics follow ``nn.BatchNorm2d``: ``momentum`` is the weight of the new batch, ``None`` makes a cumulative
+mean; without ``track_running_stats`` there are none, and eval mode takes the moments of the batch too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normswap.errors import NormswapError
+from normswap.norms.adopt import adopt_affine, adopt_statistics, channels_first, dimensions
+from normswap.norms.batch import eps_of
+from normswap.spec import Norm
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise :class:`NormswapError` for an option that is neither ``True`` nor ``False``."""
+    if not isinstance(value, bool):
+        raise NormswapError(f"{name}={value!r}: it is True or False")
+
+
+def check_input(x: Tensor, channels: int, dims: frozenset[int] | None, least: int = 2) -> None:
+    """Raise ``ValueError`` for an input of a rank not in ``dims``, or below ``least``, or with other channels."""
+    if x.dim() not in dims if dims is not None else x.dim() < least:
+        expected = f"at least {least}D" if dims is None else " or ".join(f"{d}D" for d in sorted(dims))
+        raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
+    if x.shape[1] != channels:
+        raise ValueError(f"expected {channels} channels on axis 1 (got {x.shape[1]})")
+
+
+class TrackedNorm(nn.Module):
+    """A normalization of ``(N, C, *S)`` with a per-channel affine and running statistics of the batch.
+
+    Parameters ``weight``, ``bias`` and buffers ``running_mean``, ``running_var`` of shape ``(num_features,)``, and
+    ``num_batches_tracked``; each ``None`` where it is switched off. Raises ``ValueError`` for an input of another
+    rank."""
+
+    dims: ClassVar[frozenset[int] | None] = None
+    """Numbers of input dimensions; ``None`` for any of at least 2."""
+    averages: ClassVar[Literal["variance", "deviation"]] = "variance"
+    """What the running average is of: the biased variance, or its root with eps inside."""
+    statistics: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_features, **where)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_features, **where)) if affine and bias else None)
+        self._more_parameters(where)
+        tracked = track_running_stats
+        self.register_buffer("running_mean", torch.zeros(num_features, **where) if tracked else None)
+        self.register_buffer("running_var", torch.ones(num_features, **where) if tracked else None)
+        count = torch.tensor(0, dtype=torch.long, device=device) if tracked else None
+        self.register_buffer("num_batches_tracked", count)
+
+    def _more_parameters(self, where: dict[str, Any]) -> None:
+        """Register a layer's own parameters, between the affine and the statistics."""
+
+    def check(self, x: Tensor) -> None:
+        """Raise ``ValueError`` for an input that the layer is not for."""
+        check_input(x, self.num_features, self.dims)
+
+    @property
+    def running(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running statistics where they are used: in eval mode."""
+        return (None, None) if self.training else (self.running_mean, self.running_var)
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics towards those of a batch, each ``(C,)``."""
+        if not (self.training and self.track_running_stats) or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        share = 1.0 / self.num_batches_tracked.to(mean.dtype) if momentum is None else mean.new_tensor(momentum)
+        self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, share))
+        old = self.running_var.to(var.dtype)
+        if self.averages == "variance":
+            self.running_var.copy_(torch.lerp(old, var, share))
+        else:
+            deviation = torch.lerp((old + self.eps).sqrt(), (var + self.eps).sqrt(), share)
+            self.running_var.copy_((deviation.square() - self.eps).clamp_(min=0))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+
+class BatchTrained(TrackedNorm):
+    """A layer that in eval mode is batch normalization with its running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        mean, var = self.running
+        if mean is not None:
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return self.train_forward(x)
+
+    def train_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+_T = TypeVar("_T", bound=TrackedNorm)
+
+
+def fields(module: TrackedNorm) -> dict[str, Any]:
+    """The fields of a ``Norm`` that every such layer has."""
+    return {
+        "channels": module.num_features,
+        "ranks": module.dims,
+        "eps": module.eps,
+        "momentum": module.momentum,
+        "weight": module.weight,
+        "bias": module.bias,
+        "running_mean": module.running_mean,
+        "running_var": module.running_var,
+        "num_batches_tracked": module.num_batches_tracked,
+    }
+
+
+def assemble(norm: Norm, kind: str, classes: tuple[type[_T], ...], *, tracked: bool = True, **options: Any) -> _T:
+    """A layer with the affine of ``norm``, and its statistics where ``tracked``.
+
+    ``classes``: that for any rank, then those for 1, 2 and 3 spatial dimensions."""
+    channels_first(norm, kind)
+    momentum = norm.momentum if "batch" in norm.pools else 0.1
+    cls = classes[dimensions(norm) or 0]
+    module = cls(norm.channels, eps_of(norm), momentum, affine=False, track_running_stats=False, **options)
+    module.affine = norm.weight is not None or norm.bias is not None
+    module.track_running_stats = tracked
+    adopt_affine(module, norm)
+    return adopt_statistics(module, norm) if tracked else module
+
+
+@contextmanager
+def batch_average(model: nn.Module) -> Iterator[None]:
+    """Statistics of trained norms as the mean over batches, instead of a moving average.
+
+    Inside, every norm of ``model`` that keeps running statistics starts afresh and averages those of the batches that
+    are run, all with equal weight and with the parameters as they are ("batch average" in arXiv 1806.10779). Only these
+    norms are put in train mode; afterwards modes and momenta are as before. Without a batch the statistics stay as they
+    were."""
+    norms = [m for m in model.modules() if all(isinstance(getattr(m, n, None), Tensor) for n in TrackedNorm.statistics)]
+    modes: list[tuple[Any, bool, Any, dict[str, Tensor]]] = []
+    for norm in norms:
+        buffers = {name: getattr(norm, name) for name in TrackedNorm.statistics}
+        modes.append((norm, norm.training, norm.momentum, {name: b.clone() for name, b in buffers.items()}))
+        buffers["num_batches_tracked"].zero_()
+        norm.training, norm.momentum = True, None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, training, momentum, before in modes:
+            norm.training, norm.momentum = training, momentum
+            if int(norm.num_batches_tracked) == 0:
+                for name, values in before.items():
+                    getattr(norm, name).copy_(values)

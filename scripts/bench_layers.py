@@ -1,0 +1,149 @@
+"""The layers that torch lacks against ``nn.BatchNorm2d``, and Switchable against the reference implementation of its
+paper: time of forward and backward, and what is kept for backward."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normswap.norms.batch_instance import BatchInstanceNorm2d
+from normswap.norms.frn import FilterResponseNorm2d
+from normswap.norms.ghost import GhostBatchNorm2d
+from normswap.norms.renorm import BatchRenorm2d
+from normswap.norms.switchable import SwitchableNorm2d
+
+SHAPES = ((16, 64, 56, 56), (8, 256, 28, 28), (2, 64, 112, 112))
+
+
+class Reference(nn.Module):
+    """Switchable normalization as the paper's own code has it (github.com/switchablenorms), written anew from its
+    operations: unbiased instance variances, the others from second moments, everything by autograd."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.mean_weight = nn.Parameter(torch.ones(3))
+        self.var_weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(1, channels, 1))
+        self.register_buffer("running_var", torch.zeros(1, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.size()
+        x = x.view(samples, channels, -1)
+        mean_in, var_in = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
+        second = var_in + mean_in**2
+        mean_ln = mean_in.mean(1, keepdim=True)
+        var_ln = second.mean(1, keepdim=True) - mean_ln**2
+        mean_bn = mean_in.mean(0, keepdim=True)
+        var_bn = second.mean(0, keepdim=True) - mean_bn**2
+        with torch.no_grad():
+            self.running_mean.mul_(0.9).add_(0.1 * mean_bn)
+            self.running_var.mul_(0.9).add_(0.1 * var_bn)
+        mean_weight, var_weight = self.mean_weight.softmax(0), self.var_weight.softmax(0)
+        mean = mean_weight[0] * mean_in + mean_weight[1] * mean_ln + mean_weight[2] * mean_bn
+        var = var_weight[0] * var_in + var_weight[1] * var_ln + var_weight[2] * var_bn
+        x = (x - mean) / (var + 1e-5).sqrt()
+        return x.view(samples, channels, height, width) * self.weight + self.bias
+
+
+LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "nn.BatchNorm2d": nn.BatchNorm2d,
+    "nn.BatchNorm2d, nn.ReLU": lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
+    "reference Switchable": Reference,
+    "switchable": SwitchableNorm2d,
+    "switchable, batch=False": lambda channels: SwitchableNorm2d(channels, batch=False),
+    "renorm": BatchRenorm2d,
+    "ghost, virtual_batch=4": lambda channels: GhostBatchNorm2d(channels, virtual_batch=4),
+    "batch_instance": BatchInstanceNorm2d,
+    "frn": lambda channels: FilterResponseNorm2d(channels, threshold=False),
+    "frn with its unit": FilterResponseNorm2d,
+}
+
+
+def kept(module: nn.Module, x: Tensor) -> float:
+    """Bytes that autograd keeps for backward, in units of the input's; parameters left out."""
+    sizes: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(x)
+    del out
+    return sum(sizes.values()) / x.nbytes
+
+
+def step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+    x.grad = None
+    module(x).backward(gradient)
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns of random order: who runs after another that gives much memory back to the
+    system pays for it. Of processor time on one thread, which neighbours on the machine disturb less."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+        run()
+    gc.collect()
+    gc.disable()
+    order = random.Random(0)
+    for _ in range(repeats):
+        for name in order.sample(list(runs), len(runs)):
+            start = clock()
+            runs[name]()
+            times[name].append(clock() - start)
+    gc.enable()
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def bench_layers(repeats: int) -> list[str]:
+    lines = [
+        f"Forward and backward in float32, median of {5 * repeats} taken in turns of random order"
+        f"{', processor time' if torch.get_num_threads() == 1 else ''}. First the milliseconds of `nn.BatchNorm2d`,",
+        "then the ratio of each layer's time to it. Kept: bytes held for backward, in units of the input's, at the",
+        "first shape.",
+        "",
+    ]
+    for name, layout in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
+        heads = [str(shape) for shape in SHAPES]
+        lines += [f"| {name} | {' | '.join(heads)} | kept |", "|---" * (len(heads) + 2) + "|"]
+        ratios: dict[str, list[float]] = {each: [] for each in LAYERS}
+        memory: dict[str, float] = {}
+        against = []
+        for shape in SHAPES:
+            x = torch.randn(shape).to(memory_format=layout).requires_grad_()
+            gradient = torch.randn(shape).to(memory_format=layout)
+            modules = {each: make(shape[1]) for each, make in LAYERS.items()}
+            if layout is not torch.contiguous_format:
+                modules.pop("reference Switchable")  # which views its input, and cannot
+            runs = {each: partial(step, m, x, gradient) for each, m in modules.items()}
+            medians = interleaved(runs, 5 * repeats)
+            batch = medians["nn.BatchNorm2d"]
+            for each, median in medians.items():
+                ratios[each].append(1e3 * median if each == "nn.BatchNorm2d" else median / batch)
+                memory.setdefault(each, kept(modules[each], x))
+            if "reference Switchable" in medians:
+                against.append(medians["switchable"] / medians["reference Switchable"])
+        for each, row in ratios.items():
+            if row:
+                unit = " ms" if each == "nn.BatchNorm2d" else ""
+                lines.append(f"| {each} | {' | '.join(f'{r:.2f}{unit}' for r in row)} | {memory[each]:.2f} |")
+        if against:
+            lines += ["", f"`switchable` to the reference: {', '.join(f'{ratio:.2f}' for ratio in against)}."]
+        lines.append("")
+    return lines
