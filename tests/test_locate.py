@@ -244,6 +244,26 @@ class TestFiles:
             assert (found.name, found.kind) == ("stem.2", "ReLU")
             assert found.detail.startswith("left out in front of")
 
+    def test_behind_a_sequence(self, tmp_path: Path) -> None:
+        """``chunk`` becomes a sequence in the file, whose value is no tensor: it is right if what reads it is."""
+
+        class Halves(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.left, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 70, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                left, right = self.first(x).chunk(2, dim=1)
+                out: Tensor = self.last(torch.cat([self.left(left), right], 1))
+                return out
+
+        pytest.importorskip("onnxruntime")
+        torch.manual_seed(0)
+        model = Halves().eval()
+        for name in ("first", "left", "last"):
+            wrong = faulty(model, lambda m, name=name: negate(m.get_submodule(name).weight))
+            assert place(verify(model, self.exported(wrong, tmp_path / f"{name}.onnx"), IMAGE)).name == name
+
     def test_the_exporter(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         """An exporter that writes another graph than the module computes."""
         import onnx

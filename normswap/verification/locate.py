@@ -209,7 +209,7 @@ class Search:
             self.matches[index] = tuple(map(self.values.match, entry.outputs, self._same_outputs(entry)))
         self._clear()
         for index, entry in enumerate(self.found.entries):
-            if self.settled(index):
+            if not entry.outputs or self.settled(index):
                 continue
             place = self._inner(index) if entry.innermost else self._outer(index)
             if place is not None:
@@ -231,7 +231,8 @@ class Search:
 
     def settled(self, index: int) -> bool:
         """Whether the outputs of a call are the reference's of the same place, or everything that reads them is."""
-        return index in self.cleared or all(match.in_place for match in self.matches[index])
+        matches = self.matches[index]  # None of a call that gives no tensor: what reads that decides.
+        return index in self.cleared or (bool(matches) and all(match.in_place for match in matches))
 
     def right(self, index: int) -> bool:
         """Whether the outputs of a call are right, be it in another place."""
