@@ -1,22 +1,25 @@
 """Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
 
 from normswap import norms
-from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_convert, plan_fold
+from normswap.calibration import Calibration, Recalibration, calibrate, recalibrate
+from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_fold
 from normswap.errors import NormswapError, Refusal, VerificationFailed
 from normswap.exported import load_exported
 from normswap.onnx import export
 from normswap.provenance import read_metadata, state_digest
 from normswap.registry import builds, kinds, read, reads
 from normswap.spec import Norm, exactness, reference, scale_shift
-from normswap.surgery import convert, fold
+from normswap.surgery import convert, fold, plan_convert
 from normswap.verification import Verification, verify
 from normswap.version import __version__
 
 __all__ = [
+    "Calibration",
     "Change",
     "Norm",
     "NormswapError",
     "Plan",
+    "Recalibration",
     "Refusal",
     "Site",
     "Skip",
@@ -25,6 +28,7 @@ __all__ = [
     "__version__",
     "apply_recipe",
     "builds",
+    "calibrate",
     "convert",
     "exactness",
     "export",
@@ -38,6 +42,7 @@ __all__ = [
     "read",
     "read_metadata",
     "reads",
+    "recalibrate",
     "reference",
     "scale_shift",
     "state_digest",

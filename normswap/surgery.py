@@ -1,4 +1,4 @@
-"""Convert and fold in one call: plan, apply and, on request, prove.
+"""Convert and fold in one call: plan, apply and, on request, calibrate and prove.
 
 The proof is a measurement: the result is compared with the original as :func:`normswap.verify` does. It is for changes
 that claim to be ``exact``, a claim about eval mode, so both are compared in eval mode whatever mode they are in.
@@ -6,15 +6,18 @@ that claim to be ``exact``, a claim about eval mode, so both are compared in eva
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import nn
 
-from normswap.engine import Plan, plan_convert, plan_fold
+from normswap.calibration import apply_calibrated, check_batches, plan_groups
+from normswap.engine import Plan, plan_fold
 from normswap.engine.convert import Init
+from normswap.engine.convert import plan_convert as plan_kind
 from normswap.engine.copying import copy_model
-from normswap.engine.report import report
+from normswap.engine.report import logger, report
 from normswap.engine.select import Selector
 from normswap.engine.sites import check_model
 from normswap.errors import NormswapError, VerificationFailed
@@ -23,6 +26,42 @@ from normswap.verification.compare import Backend
 
 SHOWN = 5
 """How many norms a message names."""
+
+
+def plan_convert(
+    model: nn.Module,
+    to: str = "group",
+    *,
+    where: Selector = None,
+    skip: Selector = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    init: Init = "copy",
+    calibration: Iterable[Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """Plan the conversion of every norm of ``model`` to the kind ``to``; nothing is changed.
+
+    ``where`` and ``skip`` take a glob over dotted names, a list of globs, or ``f(name, norm) -> bool``.
+    ``example_inputs``, a tuple of the model's positional arguments, allows one observed run. ``init``: ``"copy"``
+    carries affine and statistics where the target has them, ``"preserve"`` also chooses new parameters so that eval
+    mode computes the same function (norms whose target cannot are skipped), ``"reset"`` starts afresh. ``options`` are
+    the kind's own (``groups=``, ``channels_per_group=``, ``over=``, ``gate_gap=`` ...). ``groups="auto"`` gives each
+    norm a count of its own, the largest that explains nearly as much of its output as the best does on the batches
+    ``calibration`` (see :func:`normswap.calibrate`), which are gone through once.
+
+    Raises :class:`NormswapError` for misuse: an unknown kind or option, a group count that does not divide, a
+    ScriptModule, inputs that the model does not run on, a glob that matches no norm."""
+    common: dict[str, Any] = {"where": where, "skip": skip, "example_inputs": example_inputs, "init": init}
+    if options.get("groups") != "auto":
+        if calibration is not None:
+            raise NormswapError("a plan needs calibration only for groups='auto'; calibrate the converted model")
+        return plan_kind(model, to, **common, **options)
+    if calibration is None:
+        raise NormswapError("groups='auto' chooses the groups by measurement: pass calibration=batches")
+    if to != "group" or len(options) > 1:
+        others = ", ".join(name for name in options if name != "groups") or f"to={to!r}"
+        raise NormswapError(f"groups='auto' is for to='group' and goes with no other option, given {others}")
+    return plan_groups(model, calibration, **common)
 
 
 def convert(
@@ -34,6 +73,7 @@ def convert(
     example_inputs: tuple[Any, ...] | None = None,
     init: Init = "copy",
     inplace: bool = False,
+    calibration: Iterable[Any] | None = None,
     verify: bool | Backend = False,
     **options: Any,
 ) -> nn.Module:
@@ -44,20 +84,42 @@ def convert(
     plan has the reasons, the logger ``normswap`` has them at level INFO, and a warning is given when nothing changed at
     all.
 
+    ``calibration``: batches, on which :func:`normswap.calibrate` fits the new norms to the old; its report is logged.
+    With ``groups="auto"``, which chooses the groups on them first, they are gone through twice. An error leaves the
+    model as it was.
+
     ``verify``: compare the result with the original on ``example_inputs``, in eval mode; a backend of
     :func:`normswap.verify`, or ``True`` for ``"eager"``. Raises :class:`VerificationFailed` when they differ, which
     has the figures, and :class:`NormswapError` when ``example_inputs`` are missing and, before anything is changed,
     when a change does not claim to be exact. The model is then as it was, with ``inplace`` too."""
     proof = _Proof.asked(verify, example_inputs)
     check_model(model)
+    automatic = options.get("groups") == "auto"
+    if calibration is not None:
+        check_batches(calibration, "groups='auto' goes over them again" if automatic else None)
     target = model if inplace else copy_model(model)
-    plan = plan_convert(target, to, where=where, skip=skip, example_inputs=example_inputs, init=init, **options)
+    plan = plan_convert(
+        target,
+        to,
+        where=where,
+        skip=skip,
+        example_inputs=example_inputs,
+        init=init,
+        calibration=calibration if automatic else None,
+        **options,
+    )
     report(plan)
-    if proof is None:
+    if proof is not None:
+        check_exact(plan)
+    if proof is None and calibration is None:
         return plan.apply(inplace=True)
-    check_exact(plan)
     reference = copy_model(model) if inplace else model
-    return proof.of(reference, plan, plan.apply(inplace=True))
+    if calibration is None:
+        changed = plan.apply(inplace=True)
+    else:
+        changed, told = apply_calibrated(plan, calibration, inplace=True, reference=reference)
+        logger.info("%s", told)
+    return changed if proof is None else proof.of(reference, plan, changed)
 
 
 def fold(

@@ -3,6 +3,7 @@
     python scripts/bench.py convert    ResNet-152 to sync against torch's own converter; memory; growth to 10,000 norms
     python scripts/bench.py layers     the layers that torch lacks against BatchNorm2d: time and memory
     python scripts/bench.py fold       folding against torch.fx's fuse; memory; growth to 5,000 layers; inference
+    python scripts/bench.py calibrate  accuracy kept on digits (``--repeats`` seeds); the cost on ResNet-50
     python scripts/bench.py verify     seeded faults in real models: which are seen, and where; time
 
 Figures are written to a section of a Markdown file with ``--out``. Timed on whatever machine runs it; only the ratios
@@ -291,13 +292,25 @@ def left_of_a_norm(repeats: int) -> list[str]:
     return lines
 
 
+def bench_calibrate(seeds: int) -> list[str]:
+    from scripts import bench_calibrate
+
+    return [*bench_calibrate.bench(seeds), "", *bench_calibrate.cost()]
+
+
 def bench_verify(repeats: int) -> list[str]:
     from scripts import bench_verify
 
     return bench_verify.bench(repeats)
 
 
-BENCHES = {"convert": bench_convert, "fold": bench_fold, "layers": bench_layers, "verify": bench_verify}
+BENCHES = {
+    "convert": bench_convert,
+    "fold": bench_fold,
+    "layers": bench_layers,
+    "calibrate": bench_calibrate,
+    "verify": bench_verify,
+}
 
 
 def main() -> None:

@@ -1,0 +1,157 @@
+"""``calibrate``: the affines of converted norms set from unlabelled data, so that the model does what it did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from normswap.calibration.batches import Forward, check_batches, check_runs
+from normswap.calibration.fit import Method
+from normswap.calibration.refine import refined
+from normswap.calibration.report import Calibration, SiteFit
+from normswap.calibration.run import Session
+from normswap.calibration.sites import Left, NormSite, functional_as_modules, linear_sites, pairs
+from normswap.calibration.trial import Trial
+from normswap.calibration.write import Writes, of_layer, of_norm, write
+from normswap.engine.sites import check_model
+from normswap.errors import NormswapError
+
+Fit = Literal["auto", "moments", "least_squares"]
+IN_FLIGHT = 4
+ROUNDING = 1e-6
+"""A difference of R² below this is none."""
+
+
+def calibrate(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    fit: Fit = "auto",
+    passes: int = 1,
+    in_flight: int = IN_FLIGHT,
+    correct_biases: bool = True,
+    refine: int = 0,
+) -> Calibration:
+    """Set the affine of every converted norm of ``model``, in place, so that per channel its output is like that of the
+    norm it replaced in ``reference``; and its running statistics, if it has any. No labels, no training.
+
+    Norms are paired by name and fitted in the order in which they run, so that each sees the ones before it already
+    fitted. ``batches``: any iterable of batches; a tensor or other object is the model's one argument, a tuple or list
+    its positional arguments, a mapping its keyword arguments; ``forward(model, batch)`` runs it otherwise. It is gone
+    through ``passes`` times; more than one, or ``refine``, needs an iterable that can be gone through again.
+    ``in_flight`` batches are held at once: memory is that of their forward passes, about four times (the reference,
+    and the model with each affine that is tried). ``fit``: ``"moments"``, ``"least_squares"``, or ``"auto"``, which
+    tries both and takes the one whose model output is nearest the reference's, or leaves the affines as they were
+    where that is nearer. ``correct_biases``: linear layers behind a fitted norm take up what is left of a shift of
+    their mean in their bias. ``refine``: that many steps of distillation, of the affines alone, on the output of the
+    reference. Under ``torch.distributed`` each process passes its own share of the data, and all get the same values:
+    those of one process whose batches are theirs joined.
+
+    Both models run in eval mode; flags, hooks, ``requires_grad``, random states, buffers are as before, and on an
+    error the parameters too. Raises :class:`NormswapError` for misuse; what a ``forward`` raises comes through."""
+    _check(model, reference, batches, fit, passes, in_flight, refine)
+    with functional_as_modules(reference):
+        sites, skips = pairs(model, reference)
+        if not sites:
+            return Calibration((), tuple(skips), "unchanged", {}, 0)
+        _check_apart(sites, reference)
+        linear = linear_sites(model, reference) if correct_biases else []
+        session = Session(model, reference, sites, linear, forward, in_flight)
+        methods = _methods(sites, fit)
+        copied = Trial("unchanged", None, sites, linear)
+        fits = [Trial(method, method, sites, linear) for method in methods]
+        for _ in range(passes):
+            for trial in (copied, *fits):
+                trial.next_pass()
+            session.go_through(batches, [copied, *fits])
+        scores = {trial.name: trial.agreement.score() for trial in (copied, *fits)}
+        taken = fits[0] if fit != "auto" or math.isnan(scores[copied.name]) else _best([copied, *fits], scores)
+        if refine:
+            better = refined(session, taken, batches, refine)
+            scores["refined"] = better.agreement.score()
+            taken = _best([taken, better], scores)
+        shifted = [] if taken is copied else [i for i in range(len(linear)) if ("linear", i) in taken.totals]
+        if taken is not copied:
+            _write(session, taken, shifted)
+        biases = tuple(linear[index].name for index in shifted)
+        return Calibration(*_told(session, taken, copied, skips), taken.name, scores, session.batches, biases)
+
+
+def _check(model: Any, reference: Any, batches: Any, fit: Any, passes: int, in_flight: int, refine: int) -> None:
+    for each in (model, reference):
+        check_model(each)
+        check_runs(each)
+    if model is reference:
+        raise NormswapError("model and reference are the same object: the reference is the model before conversion")
+    if fit not in get_args(Fit):
+        raise NormswapError(f"fit={fit!r}; it is one of: {', '.join(get_args(Fit))}")
+    check_counts(passes=(passes, 1), in_flight=(in_flight, 1), refine=(refine, 0))
+    again = f"passes={passes}" if passes > 1 else f"refine={refine}" if refine else None
+    check_batches(batches, None if again is None else f"{again} goes over them again")
+
+
+def check_counts(**counts: tuple[Any, int]) -> None:
+    """Raise :class:`NormswapError` for a value that is no whole number, or below its least."""
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise NormswapError(f"{name}={value!r}: it must be a whole number of at least {least}")
+
+
+def _check_apart(sites: Sequence[NormSite], reference: nn.Module) -> None:
+    theirs = {tensor.data_ptr() for tensor in (*reference.parameters(), *reference.buffers()) if tensor.numel()}
+    for site in sites:
+        for name, tensor in site.norm.tensors.items():
+            if not tensor.is_meta and tensor.numel() and tensor.data_ptr() in theirs:
+                raise NormswapError(
+                    f"{site.name}: its {name} is the reference's own, which calibration would change; "
+                    "keep a copy.deepcopy of the model as the reference before converting in place"
+                )
+
+
+def _methods(sites: Sequence[NormSite], fit: Fit) -> tuple[Method, ...]:
+    """Those to try; they differ only for a norm with weight and bias."""
+    if fit != "auto":
+        return (fit,)
+    if any(site.norm.weight is not None and site.norm.bias is not None for site in sites):
+        return ("moments", "least_squares")
+    return ("least_squares",)
+
+
+def _best(trials: Sequence[Trial], scores: dict[str, float]) -> Trial:
+    """The one with the best score; the earlier one where the later is not better by more than rounding, or where
+    nothing was measured."""
+    best = trials[0]
+    for trial in trials[1:]:
+        if scores[trial.name] > scores[best.name] + ROUNDING:
+            best = trial
+    return best
+
+
+def _write(session: Session, taken: Trial, shifted: Sequence[int]) -> None:
+    writes: Writes = []
+    for index, site in enumerate(session.sites):
+        if taken.reached(index):
+            writes += of_norm(site, taken.values[index], session.batches)
+    for index in shifted:
+        writes += of_layer(session.linear[index], taken.shifts[index])
+    write(writes)
+
+
+def _told(
+    session: Session, taken: Trial, copied: Trial, skips: Sequence[Left]
+) -> tuple[tuple[SiteFit, ...], tuple[Left, ...]]:
+    """The fitted norms in execution order, and those that were not."""
+    fits: list[SiteFit] = []
+    for index in session.order:
+        site = session.sites[index]
+        if taken.reached(index):
+            assert site.source is not None
+            fits.append(SiteFit(site.name, site.source, site.norm, copied.r2(index), taken.r2(index)))
+    done = {fit.name for fit in fits}
+    unreached = (Left(site.name, "it did not run on the batches") for site in session.sites if site.name not in done)
+    return tuple(fits), (*skips, *unreached)

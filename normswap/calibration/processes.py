@@ -1,0 +1,32 @@
+"""Sums over the processes of ``torch.distributed``, where it is initialised; of one process, the values themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over processes, on the tensor's device."""
+    if not several():
+        return tensor
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    summed = tensor.detach().to(device, copy=True)
+    dist.all_reduce(summed)
+    return summed.to(tensor.device)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, in their order."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,192 @@
+"""Trials run side by side over the batches, in step with the reference.
+
+Each batch in flight is one forward pass of the reference and one of the model for each trial. All of them wait at each
+site; its sums are taken, its affine is fitted, and all go on with what the fit gives. So the whole data is gone through
+once, and what comes behind a site sees it as it will be."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.calibration import processes
+from normswap.calibration.batches import Forward, run, windows
+from normswap.calibration.fit import Sums, Values, sums
+from normswap.calibration.lockstep import Pass, current
+from normswap.calibration.sites import LinearSite, NormSite
+from normswap.calibration.taps import tapped, watched
+from normswap.calibration.trial import Trial
+from normswap.errors import NormswapError
+from normswap.graph.observe import eval_mode
+
+Waits = tuple[Hashable, int]
+
+
+class Session:
+    """Runs trials of a model on batches; models and tensors are left as they were."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module | None,
+        sites: Sequence[NormSite],
+        linear: Sequence[LinearSite],
+        forward: Forward | None,
+        in_flight: int,
+    ) -> None:
+        self.model, self.reference = model, reference
+        self.sites, self.linear = sites, linear
+        self.forward, self.in_flight = forward, in_flight
+        self.order: dict[int, None] = {}
+        """Indexes of the sites in the order in which they were first reached."""
+        self.batches = 0
+        """The number of batches of all processes in the last pass over the data."""
+
+    def go_through(self, batches: Iterable[Any], trials: Sequence[Trial]) -> None:
+        """One pass over the data. Raises :class:`NormswapError` for data without a batch; what a ``forward`` raises
+        comes through."""
+        with ExitStack() as stack:
+            stack.enter_context(eval_mode(self.model))
+            if self.reference is not None:
+                stack.enter_context(eval_mode(self.reference))
+                stack.enter_context(watched(self.sites, self.linear, _watch))
+            affine = None if self.reference is None else _affine
+            stack.enter_context(tapped(self.sites, self.linear, _statistics, affine, _shift))
+            self.batches = 0
+            parts = windows(batches, self.in_flight)
+            while count := sum(processes.gathered(len(window := next(parts, [])))):
+                self.batches += count
+                self._window(window, trials)
+        if not self.batches:
+            raise NormswapError("batches is empty: calibration needs at least one")
+
+    def _window(self, batches: Sequence[Any], trials: Sequence[Trial]) -> None:
+        originals = self._passes(self.reference, "reference", batches)
+        tried = {trial.name: self._passes(self.model, trial.name, batches) for trial in trials}
+        passes = [one for each in tried.values() for one in each]
+        kept: dict[tuple[int, Waits], Tensor] = {}
+        try:
+            _advance([(one, None) for one in passes])
+            while (waits := _next(passes)) is not None:
+                self._meet(waits, trials, tried, originals, kept)
+            _advance([(one, None) for one in originals], to_the_end=True)
+        finally:
+            for one in (*passes, *originals):
+                one.abandon()
+        for trial in trials:
+            trial.window += 1
+            for one, original in zip(tried[trial.name], originals, strict=bool(originals)):
+                trial.agreement.add(one.result, original.result)
+
+    def _passes(self, model: nn.Module | None, name: str, batches: Sequence[Any]) -> list[Pass]:
+        if model is None:
+            return []
+        return [
+            Pass(lambda batch=batch: run(model, batch, self.forward), name, index)  # type: ignore[misc]
+            for index, batch in enumerate(batches)
+        ]
+
+    def _meet(
+        self,
+        waits: Waits,
+        trials: Sequence[Trial],
+        tried: dict[str, list[Pass]],
+        originals: Sequence[Pass],
+        kept: dict[tuple[int, Waits], Tensor],
+    ) -> None:
+        key: Any = waits[0]
+        kind, index = key
+        if kind != "linear":
+            self.order[index] = None
+        layout = (self.linear if kind == "linear" else self.sites)[index].layout
+        here = {name: [one for one in each if one.waits == waits] for name, each in tried.items()}
+        met: dict[str, list[Sums]] = {name: [] for name in tried}
+        for batch in sorted({one.batch for each in here.values() for one in each}):
+            original = None if kind == "statistics" else _original(originals[batch], waits, kept)
+            if kind == "statistics" or original is not None:
+                there = [one for each in here.values() for one in each if one.batch == batch]
+                for one, found in zip(there, sums(layout, [one.value for one in there], original), strict=True):
+                    met[one.name].append(found)
+        for trial in trials:
+            trial.solve(kind, index, waits[1], met[trial.name])
+        _advance([(one, trial.answer(kind, index)) for trial in trials for one in here[trial.name]])
+
+
+def _advance(passes: Sequence[tuple[Pass, Any]], to_the_end: bool = False) -> None:
+    """Resume passes with their answers. With several processes, one that fails makes all raise."""
+    error: BaseException | None = None
+    try:
+        for one, answer in passes:
+            one.resume(answer)
+            while to_the_end and not one.done:
+                one.resume()
+    except BaseException as raised:
+        if not processes.several():
+            raise
+        error = raised
+    told = [text for text in processes.gathered(None if error is None else repr(error)) if text is not None]
+    if error is not None:
+        raise error
+    if told:
+        raise NormswapError(f"another process failed: {told[0]}")
+
+
+def _next(passes: Sequence[Pass]) -> Waits | None:
+    """Where the passes that have met the fewest sites stand, in all processes the same; ``None`` once all ended."""
+    standing = [(sum(one.calls.values()), one.waits) for one in passes if one.waits is not None]
+    first = min(standing, key=lambda item: item[0], default=None)
+    everywhere = [item for item in processes.gathered(first) if item is not None]
+    return min(everywhere, key=lambda item: item[0])[1] if everywhere else None
+
+
+def _original(one: Pass, waits: Waits, kept: dict[tuple[int, Waits], Tensor]) -> Tensor | None:
+    """The reference's output there; what it computes before is kept until it is asked for."""
+    if (one.batch, waits) in kept:
+        return kept.pop((one.batch, waits))
+    while not one.done and one.waits != waits:
+        if one.waits is not None and one.value is not None:
+            kept[(one.batch, one.waits)] = one.value.clone()  # later code may write over it
+        one.resume()
+    if one.done:
+        return None
+    value: Tensor = one.value
+    one.value = None
+    return value
+
+
+def _meeting() -> Pass:
+    one = current()
+    if one is None:
+        raise NormswapError("a norm ran in a thread that the model started itself; calibrate the model inside it")
+    return one
+
+
+def _behind_a_norm(one: Pass) -> bool:
+    return any(key[0] == "norm" for key in one.calls)  # type: ignore[index]
+
+
+def _statistics(index: int, x: Tensor) -> Values | None:
+    values: Values = _meeting().meet(("statistics", index), x.detach())
+    return values
+
+
+def _affine(index: int, z: Tensor) -> tuple[Tensor, Tensor]:
+    values: Values = _meeting().meet(("norm", index), z)
+    return values.weight, values.bias
+
+
+def _shift(index: int, output: Tensor) -> Tensor | None:
+    one = _meeting()
+    if not _behind_a_norm(one):
+        return None
+    values: Tensor = one.meet(("linear", index), output)
+    return values
+
+
+def _watch(kind: str, index: int, value: Any) -> None:
+    one = _meeting()
+    if kind == "norm" or _behind_a_norm(one):
+        one.meet((kind, index), value().detach())

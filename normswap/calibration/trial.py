@@ -1,0 +1,132 @@
+"""One way to set the affines of a model, and the sums gathered while it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from normswap.calibration import processes
+from normswap.calibration.batches import floats
+from normswap.calibration.fit import Layout, Method, Sums, Values, explained, fitted
+from normswap.calibration.sites import LinearSite, NormSite
+
+Kind = str
+"""``"statistics"`` (a norm's input), ``"norm"`` (its normalized value) or ``"linear"`` (a layer's output)."""
+
+Part = tuple[int, int]
+"""A window and the number of the call in it."""
+
+
+@dataclass
+class Agreement:
+    """Of a model's outputs with the reference's, tensor by tensor: count, sum of squared differences, sum and sum of
+    squares of the reference's values."""
+
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, output: object, original: object) -> None:
+        for index, (a, b) in enumerate(zip(floats(output), floats(original), strict=False)):
+            if a.shape == b.shape and a.numel():
+                a, b = a.detach().double(), b.detach().to(a.device).double()
+                values = [torch.tensor(float(b.numel())), *(v.sum().cpu() for v in ((a - b).square(), b, b * b))]
+                found = torch.stack([value.double() for value in values])
+                self.tensors[index] = self.tensors.get(index, torch.zeros(4, dtype=torch.float64)) + found
+
+    def score(self) -> float:
+        """The share of the variance of the reference's outputs that is explained, over all processes, averaged over
+        tensors; ``nan`` where there is nothing to compare."""
+        everywhere = processes.gathered(self.tensors)
+        shares = []
+        for index in sorted({index for part in everywhere for index in part}):
+            count, error, first, second = torch.stack([part[index] for part in everywhere if index in part]).sum(0)
+            spread = float(second - first * first / count)
+            if spread > 0:
+                shares.append(1 - float(error) / spread)
+        return sum(shares) / len(shares) if shares else float("nan")
+
+
+class Trial:
+    """Values of all sites and shifts of all layers: fitted by ``method`` as the sums grow, or fixed without one."""
+
+    def __init__(
+        self,
+        name: str,
+        method: Method | None,
+        sites: Sequence[NormSite],
+        linear: Sequence[LinearSite],
+        values: Sequence[Values] | None = None,
+        shifts: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.name, self.method = name, method
+        self.sites, self.linear = sites, linear
+        self.values = [site.values() for site in sites] if values is None else list(values)
+        self.initial = list(self.values)
+        if shifts is None:
+            shifts = [torch.zeros_like(layer.bias, dtype=torch.float64) for layer in linear]
+        self.shifts = list(shifts)
+        self.agreement = Agreement()
+        self.window = 0
+        """The number of batches gone through in this pass, in windows."""
+        self.seen: dict[tuple[Kind, int], Sums] = {}
+        """The sums over this process's batches, in this pass over the data."""
+        self.parts: dict[tuple[Kind, int], dict[Part, Sums]] = {}
+        """The same cut by window and call."""
+        self.rest: dict[tuple[Kind, int], dict[Part, Sums]] = {}
+        """Of the previous pass, what this one has not come to yet."""
+        self.totals: dict[tuple[Kind, int], Sums] = {}
+        """The sums over all processes that the present values come from."""
+
+    def next_pass(self) -> None:
+        self.rest, self.parts, self.seen = self.parts, {}, {}
+        self.window = 0
+        self.agreement = Agreement()
+
+    def solve(self, kind: Kind, index: int, call: int, met: Sequence[Sums]) -> None:
+        """Take up the sums of the batches at a site and fit anew. All processes call it in step."""
+        layout, device = self._place(kind, index)
+        key = (kind, index)
+        here = sum(met, start=Sums.zero(layout.size, device))
+        seen = self.seen[key] = self.seen[key] + here if key in self.seen else here
+        self.parts.setdefault(key, {})[self.window, call] = here
+        rest = self.rest.get(key, {})
+        rest.pop((self.window, call), None)
+        whole = sum(rest.values(), start=seen)
+        packed = processes.total(torch.cat([whole.count.reshape(1), whole.values.flatten()]))
+        total = self.totals[key] = Sums(packed[0], packed[1:].reshape(5, -1))
+        if self.method is not None and total.count > 0:
+            self._fit(kind, index, total)
+
+    def _place(self, kind: Kind, index: int) -> tuple[Layout, torch.device]:
+        if kind == "linear":
+            return self.linear[index].layout, self.linear[index].bias.device
+        values = self.values[index]
+        return self.sites[index].layout, values.weight.device
+
+    def _fit(self, kind: Kind, index: int, total: Sums) -> None:
+        assert self.method is not None
+        if kind == "linear":
+            mean, original = total.means
+            self.shifts[index] = original - mean
+            return
+        site, values = self.sites[index], self.values[index]
+        if kind == "statistics":
+            unbiased = total.variances[0] * (total.count / (total.count - 1).clamp(min=1))
+            self.values[index] = replace(values, mean=total.means[0], var=unbiased)
+        else:
+            has = site.norm.weight is not None, site.norm.bias is not None
+            affine = fitted(total, self.method, self.initial[index], *has)
+            self.values[index] = replace(affine, mean=values.mean, var=values.var)
+
+    def answer(self, kind: Kind, index: int) -> Values | Tensor:
+        return self.shifts[index] if kind == "linear" else self.values[index]
+
+    def reached(self, index: int) -> bool:
+        total = self.totals.get(("norm", index))
+        return total is not None and bool(total.count > 0)
+
+    def r2(self, index: int) -> float:
+        """Of the original's output, by the values as they are now."""
+        return explained(self.totals[("norm", index)], self.values[index])
