@@ -109,10 +109,7 @@ def build_model(name: str, arguments: Mapping[str, object]) -> nn.Module:
     Raises :class:`NormswapError` when the module cannot be imported, the callable is not there (the message lists what
     is), the call fails, or what it returns is no ``nn.Module``.
     """
-    source, colon, path = name.rpartition(":")
-    if not colon or not source or not path:
-        raise NormswapError(f"--model {name!r}: write package.module:callable or path/file.py:callable")
-    target = _attribute(_import(source), source, path)
+    path, target = named_object(name, "--model")
     if isinstance(target, nn.Module):
         if arguments:
             raise NormswapError(f"--model {name!r} is a module, not a callable: --model-arg has no use")
@@ -129,20 +126,28 @@ def build_model(name: str, arguments: Mapping[str, object]) -> nn.Module:
     return model
 
 
+def named_object(name: str, flag: str) -> tuple[str, object]:
+    """What ``package.module:path`` or ``file.py:path`` names, after the path. Raises :class:`NormswapError`."""
+    source, colon, path = name.rpartition(":")
+    if not colon or not source or not path:
+        raise NormswapError(f"{flag} {name!r}: write package.module:callable or path/file.py:callable")
+    return path, _attribute(_import(source, flag), source, path, flag)
+
+
 def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _import(source: str) -> ModuleType:
+def _import(source: str, flag: str) -> ModuleType:
     try:
-        return _import_file(Path(source)) if source.endswith(".py") else _import_dotted(source)
+        return _import_file(Path(source), flag) if source.endswith(".py") else _import_dotted(source, flag)
     except NormswapError:
         raise
     except Exception as error:
-        raise NormswapError(f"--model: importing {source!r} raised {_described(error)}") from error
+        raise NormswapError(f"{flag}: importing {source!r} raised {_described(error)}") from error
 
 
-def _import_dotted(source: str) -> ModuleType:
+def _import_dotted(source: str, flag: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -151,14 +156,14 @@ def _import_dotted(source: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (source == error.name or source.startswith(error.name + ".")):
             raise NormswapError(
-                f"--model: no module {error.name!r}; is it installed, or a file? Write files as path/file.py:callable"
+                f"{flag}: no module {error.name!r}; is it installed, or a file? Write files as path/file.py:callable"
             ) from error
         raise
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path, flag: str) -> ModuleType:
     if not path.is_file():
-        raise NormswapError(f"--model: no file {str(path)!r}")
+        raise NormswapError(f"{flag}: no file {str(path)!r}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -176,11 +181,11 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _attribute(module: ModuleType, source: str, path: str) -> object:
+def _attribute(module: ModuleType, source: str, path: str, flag: str) -> object:
     target: object = module
     for part in path.split("."):
         if not hasattr(target, part):
-            raise NormswapError(f"--model: {source} has no {path!r}; {_offer(module, path)}")
+            raise NormswapError(f"{flag}: {source} has no {path!r}; {_offer(module, path)}")
         target = getattr(target, part)
     return target
 

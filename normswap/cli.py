@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeGuard
 
@@ -22,8 +23,10 @@ from rich.text import Text
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from normswap import __version__, engine, registry, report
-from normswap.arguments import build_model, parse_dynamic, parse_inputs, parse_pairs, parse_texts
+from normswap import __version__, engine, registry, report, surgery
+from normswap.arguments import build_model, parse_dynamic, parse_inputs, parse_pairs, parse_texts, parse_value
+from normswap.calibration import Calibration, calibrate
+from normswap.data import load_batches
 from normswap.errors import NormswapError
 from normswap.files import check_output
 from normswap.onnx import surgery as onnx_files
@@ -266,11 +269,21 @@ def convert(
     model: OptionalModel = None,
     checkpoint: GraphFile = None,
     model_arg: ModelArgs = None,
-    groups: Annotated[int | None, typer.Option("--groups", help="Number of groups (group).")] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", metavar="N", help="Number of groups (group); auto: chosen on --data.")
+    ] = None,
     channels_per_group: Annotated[
         int | None, typer.Option("--channels-per-group", help="Size of a group (group).")
     ] = None,
     option: Annotated[list[str] | None, typer.Option("--option", metavar="K=V", help=_options_help())] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Calibrate on these inputs: .npy, .npz, .pt, or package.module:callable."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch of a --data file.")] = 64,
+    refine: Annotated[int, typer.Option("--refine", help="Steps of distillation after the calibration.")] = 0,
     init: Annotated[
         Literal["copy", "preserve", "reset"],
         typer.Option("--init", help="Carry affine and statistics over, keep the function, or start afresh."),
@@ -291,16 +304,19 @@ def convert(
 ) -> None:
     """Turn the normalizations of a model, or of an .onnx file, into another kind, and write the result."""
     options: dict[str, Any] = parse_pairs(option or (), "--option")
-    for name, value in (("groups", groups), ("channels_per_group", channels_per_group)):
+    count = None if groups is None else parse_value(groups)
+    for name, value in (("groups", count), ("channels_per_group", channels_per_group)):
         if value is not None:
             if name in options:
                 raise NormswapError(f"{name} is given twice: by --{name.replace('_', '-')} and by --option")
             options[name] = value
     registry.check_options(to, options)
+    if refine and data is None:
+        raise NormswapError("--refine needs inputs: pass --data FILE")
     if _is_onnx(checkpoint):
         _refuse_with_onnx(**{
             "--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key, "--partial": partial,
-            "--init": init != "copy", "--verify": verify,
+            "--init": init != "copy", "--verify": verify, "--data": data,
         })  # fmt: skip
         selectors = _selectors(where, skip, kind)
         _carry_out_onnx(
@@ -311,18 +327,21 @@ def convert(
     _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
+    batches = None if data is None else load_batches(data, batch_size)
     with _working("planning"):
-        plan = engine.plan_convert(
+        plan = surgery.plan_convert(
             source.model,
             to,
             example_inputs=example,
             init=init,
+            calibration=batches if options.get("groups") == "auto" else None,
             **_selectors(where, skip, kind),
             **options,
         )
     _check_kinds(plan, kind)
+    fitted = None if batches is None else partial_of(calibrate, batches=batches, refine=refine)
     check = _Check(verify, example, report_to)
-    _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
+    _carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force)
 
 
 @app.command()
@@ -424,7 +443,7 @@ def _carry_out_onnx(
         plan = planned()
     table, title = plan.table, f"{checkpoint.name}: {plan.table.operation}"
     _check_kinds(table, kinds)
-    record: dict[str, object] = {"plan": plan.to_dict(), "verification": None, "written": []}
+    record: dict[str, object] = {"plan": plan.to_dict(), "calibration": None, "verification": None, "written": []}
     if not as_json:
         report.show(report.plan_report(table), Console())
     try:
@@ -509,10 +528,23 @@ def _judge(
 
 
 def _carry_out(
-    plan: engine.Plan, source: Source, output: Path | None, check: _Check, *, dry_run: bool, as_json: bool, force: bool
+    plan: engine.Plan,
+    source: Source,
+    output: Path | None,
+    check: _Check,
+    fit: Callable[..., Calibration] | None = None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    force: bool,
 ) -> None:
-    """Show the plan; unless dry, apply it, compare where asked, and write."""
-    record: dict[str, object] = {"plan": json.loads(plan.to_json()), "verification": None, "written": []}
+    """Show the plan; unless dry, apply it, calibrate and compare where asked, and write."""
+    record: dict[str, object] = {
+        "plan": json.loads(plan.to_json()),
+        "calibration": None,
+        "verification": None,
+        "written": [],
+    }
     title = f"{'the model' if source.path is None else source.path.name}: {plan.operation}"
     if not as_json:
         report.show(report.plan_report(plan), Console())
@@ -527,7 +559,13 @@ def _carry_out(
         if reason:
             _say(reason)
         with _working("applying"):
-            changed = plan.apply(inplace=not compared)
+            changed = plan.apply(inplace=not compared and fit is None)
+        if fit is not None:
+            with _working("calibrating"):
+                calibration = fit(changed, source.model)
+            record["calibration"] = calibration.to_dict()
+            if not as_json:
+                Console().print(Text(str(calibration)), soft_wrap=True)
         verification = None
         if compared:
             verification = _compare(source.model, changed, check.example, backend="eager", layers=check.layers)

@@ -379,6 +379,56 @@ BAD_CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
+class TestCalibrate:
+    """``convert --data``: the new norms are fitted on unlabelled inputs."""
+
+    @pytest.fixture
+    def images(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("data") / "images.npy"
+        numpy.save(path, torch.randn(20, 3, 6, 6, generator=torch.Generator().manual_seed(0)).numpy())
+        return path
+
+    def test_writes_what_the_api_makes(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, images: Path
+    ) -> None:
+        flags = ("convert", folder / "net.pt", "--to", "group", "--groups", 2, "--data", images, "--batch-size", 8)
+        result = run(*flags, "-o", tmp_path / "a.pt")
+        assert "calibration: 2 norms fitted on 3 batches" in result.stdout
+        values = torch.from_numpy(numpy.load(images))
+        expected = normswap.convert(loaded(folder), "group", groups=2, calibration=list(values.split(8)))
+        written = torch.load(tmp_path / "a.pt", weights_only=True)
+        torch.testing.assert_close(written, dict(expected.state_dict()), rtol=1e-6, atol=1e-6)
+        copied = normswap.convert(loaded(folder), "group", groups=2).state_dict()
+        assert not torch.equal(written["first.weight"], copied["first.weight"])
+        record = json.loads(run(*flags, "-o", tmp_path / "b.pt", "--json", "--refine", 3).stdout)
+        assert set(record["calibration"]["scores"]) == {"unchanged", "moments", "least_squares", "refined"}
+
+    def test_groups_are_chosen(self, run: Callable[..., Result], folder: Path, tmp_path: Path, images: Path) -> None:
+        flags = ("convert", folder / "net.pt", "--to", "group", "--groups", "auto")
+        record = json.loads(run(*flags, "--data", images, "-o", tmp_path / "a.pt", "--json").stdout)
+        assert len(record["plan"]["changes"]) == 2
+        assert "pass calibration=batches" in run(*flags, "--dry-run", status=2).stderr
+
+    def test_a_callable_gives_batches(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        (folder / "cli_data.py").write_text(
+            "import torch\ndef batches():\n    return [torch.ones(4, 3, 6, 6), torch.randn(4, 3, 6, 6)]\nnothing = 3\n"
+        )
+        flags = ("convert", folder / "net.pt", "--to", "group", "--groups", 2, "-o", tmp_path / "a.pt", "--data")
+        assert "on 2 batches" in run(*flags, f"{folder}/cli_data.py:batches").stdout
+        for name, words in (
+            (f"{folder}/cli_data.py:nothing", "it must be an iterable of batches"),
+            (f"{folder}/cli_data.py:absent", "--data: "),
+            ("absent.npy", "cannot be read as inputs"),
+            ("images.jpg", "write package.module:callable"),
+        ):
+            assert words in run(*flags, name, "--force", status=2).stderr
+
+    def test_refine_needs_data(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        result = run("convert", folder / "net.pt", "--to", "group", "--refine", 5, "-o", tmp_path / "a.pt", status=2)
+        assert "--refine needs inputs: pass --data FILE" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
 class TestBadInput:
     @pytest.mark.parametrize("case", BAD_CONVERSIONS)
     def test_convert(self, run: Callable[..., Result], folder: Path, tmp_path: Path, case: str) -> None:
