@@ -2,7 +2,7 @@
 
     python scripts/zoo.py convert [--only GLOB] [--kinds KINDS] [--limit N] [--results FILE] [--out FILE]
     python scripts/zoo.py fold    [--only GLOB] [--limit N] [--results FILE] [--out FILE]
-    python scripts/zoo.py verify  [--only GLOB] [--limit N] [--results FILE] [--out FILE]
+    python scripts/zoo.py verify  [--only GLOB] [--columns COLUMNS] [--limit N] [--results FILE] [--out FILE]
 
 ``convert`` turns every norm of every model into each kind, without example inputs, and judges the result with means
 that share nothing with the package: a watched run records every call of a norm function or operator and every module
@@ -542,6 +542,7 @@ def main() -> int:
     parser.add_argument("command", nargs="?", default="convert", choices=COMMANDS)
     parser.add_argument("--only", default="*", help="glob over model names, as in 'timm/levit*'")
     parser.add_argument("--kinds", default=",".join(REPLACED), help="kinds to convert to, separated by commas")
+    parser.add_argument("--columns", help="of verify: measure only these, separated by commas; others stay")
     parser.add_argument("--limit", type=int, help="at most this many models, spread over the list")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "zoo.jsonl", help="rows as they come; resumes")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "zoo.md")

@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ import normswap
 from scripts import zoo
 from tests.zoo.models import Entry, randomise
 
-SMALL = 10_000_000
+SMALL = 30_000_000
 STATUSES = (*zoo.STATUSES, "inconclusive", "exporter")
 EXPORTER = ("the ONNX exporter cannot translate", "ONNX Runtime cannot load", "the ONNX checker refuses")
 COLUMNS = ("kernels", "float16", "bfloat16", "onnxruntime")
@@ -65,27 +66,29 @@ def cell(compare: Callable[[], normswap.Verification]) -> dict[str, Any]:
     return {"status": "ok" if found else "wrong" if different else "inconclusive", "detail": detail, "error": excess}
 
 
-def verify_row(entry: Entry) -> dict[str, Any]:
-    """Every cell of one model."""
+def verify_row(entry: Entry, wanted: Collection[str], cells: dict[str, Any]) -> dict[str, Any]:
+    """The wanted cells of one model, beside those known."""
     if not entry.runs_whole:
         return {"skipped": "it is not one plain call"}
     model = randomise(entry.build(), entry)
     inputs = entry.inputs()
     single, given = copy.deepcopy(model).float(), cast(inputs, torch.float32)
-    cells = {"kernels": zoo.guarded(lambda: cell(lambda: eager(single, OtherKernels(single).eval(), given)))}
-    for dtype in (torch.float16, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        low, low_inputs = copy.deepcopy(model).to(dtype), cast(inputs, dtype)
-        last = copy.deepcopy(low)
-        with contextlib.suppress(RuntimeError):  # a parameter of another rank
-            last.to(memory_format=torch.channels_last)
-        compare = partial(eager, low, last, low_inputs, vary=False)
-        cells[name] = zoo.guarded(lambda compare=compare: cell(compare))  # type: ignore[misc]
-    if sum(parameter.numel() for parameter in model.parameters()) > SMALL:
-        cells["onnxruntime"] = None
-    else:
-        folded = normswap.fold(single)
-        cells["onnxruntime"] = zoo.guarded(lambda: cell(lambda: normswap.verify(single, folded, given)))
+    missing = [column for column in COLUMNS if column in wanted and column not in cells]
+    for column in missing:
+        if column == "kernels":
+            compare = partial(eager, single, OtherKernels(single).eval(), given)
+        elif column == "onnxruntime":
+            if sum(parameter.numel() for parameter in model.parameters()) > SMALL:
+                cells[column] = None
+                continue
+            compare = partial(normswap.verify, single, normswap.fold(single), given)
+        else:
+            low = copy.deepcopy(model).to(getattr(torch, column))
+            last = copy.deepcopy(low)
+            with contextlib.suppress(RuntimeError):  # a parameter of another rank
+                last.to(memory_format=torch.channels_last)
+            compare = partial(eager, low, last, cast(inputs, getattr(torch, column)), vary=False)
+        cells[column] = zoo.guarded(lambda compare=compare: cell(compare))  # type: ignore[misc]
     return {"cells": cells}
 
 
@@ -128,7 +131,15 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
 
 def verify(options: argparse.Namespace, entries: list[Entry]) -> bool:
     """The ``verify`` command; whether there is no false alarm and no crash."""
-    rows = list(zoo.sweep("verify", entries, options.results, verify_row, COLUMNS))
+    wanted = COLUMNS if options.columns is None else options.columns.split(",")
+    if unknown := set(wanted) - set(COLUMNS):
+        sys.exit(f"--columns: {', '.join(sorted(unknown))} is not one of {', '.join(COLUMNS)}")
+    known = zoo.read_rows(options.results, "verify", zoo.digest())
+
+    def measure(entry: Entry) -> dict[str, Any]:
+        return verify_row(entry, wanted, dict(known.get(entry.name, {}).get("cells", {})))
+
+    rows = list(zoo.sweep("verify", entries, options.results, measure, wanted))
     zoo.write_section(options.out, page(rows, zoo.command_line(options)))
     found = Counter(each["status"] for row in rows for each in row.get("cells", {}).values() if each)
     print(f"{len(rows)} models: {dict(found)}; {options.out}")
