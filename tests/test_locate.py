@@ -264,6 +264,34 @@ class TestFiles:
             wrong = faulty(model, lambda m, name=name: negate(m.get_submodule(name).weight))
             assert place(verify(model, self.exported(wrong, tmp_path / f"{name}.onnx"), IMAGE)).name == name
 
+    def test_a_loop_between_files(self, tmp_path: Path) -> None:
+        """What runs inside a node reads values around it, so the node alone proves nothing against the runtime."""
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        make, kinds = onnx.helper, onnx.TensorProto
+
+        def loop(factor: float) -> Path:
+            def value(name: str, kind: int = kinds.FLOAT, shape: tuple[Any, ...] | None = ("batch", 4)) -> Any:
+                return make.make_tensor_value_info(name, kind, shape)
+
+            nodes = [make.make_node("Mul", ["v", "factor"], ["w"]), make.make_node("Identity", ["go"], ["on"])]
+            given = [value("i", kinds.INT64, ()), value("go", kinds.BOOL, ()), value("v")]
+            body = make.make_graph(nodes, "body", given, [value("on", kinds.BOOL, ()), value("w")])
+            nodes = [make.make_node("Relu", ["x"], ["r"])]
+            nodes += [make.make_node("Loop", ["times", "", "r"], ["y"], name="loop", body=body)]
+            constants = [make.make_tensor("times", kinds.INT64, (), [3])]
+            constants += [make.make_tensor("factor", kinds.FLOAT, (), [factor])]
+            graph = make.make_graph(nodes, "graph", [value("x")], [value("y")], constants)
+            model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
+            path = tmp_path / f"{factor}.onnx"
+            onnx.save(model, path)
+            return path
+
+        x = (torch.randn(2, 4),)
+        assert verify(loop(1.5), loop(1.5), x)
+        found = place(verify(loop(1.5), loop(1.6), x))
+        assert (found.name, found.kind, found.cause, found.detail) == ("", "Loop", "model", "node loop (Loop)")
+
     def test_the_exporter(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         """An exporter that writes another graph than the module computes."""
         import onnx
@@ -355,6 +383,26 @@ class TestTracing:
         torch.testing.assert_close(relu.outputs[0], wanted.relu())
         assert (relu.sources, last.sources, whole.made_of) == (frozenset({0}), frozenset({1}), frozenset({2}))
         assert (linear.innermost, whole.innermost) == (True, False)
+
+    def test_a_call_that_raised_and_was_caught(self) -> None:
+        class Tries(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 5))
+                self.second = nn.Linear(3, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                try:
+                    out: Tensor = self.first(x)
+                except RuntimeError:
+                    out = self.second(x)
+                return out.sin()
+
+        x = torch.randn(2, 3)
+        found = trace(Tries(), (x,))
+        assert [(entry.name, entry.innermost) for entry in found.entries][1:] == [("second", True), ("", False)]
+        assert torch.equal(found.entries[-1].inputs[0], x)
+        assert found.between[-1].name == ""
 
     def test_sources_pass_functions_and_nested_values(self) -> None:
         class Splits(nn.Module):

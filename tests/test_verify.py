@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,7 +323,12 @@ class TestCriterion:
 
     def test_overflow_of_the_dtype_is_not_a_difference(self) -> None:
         model = Returns(lambda x: x * 1000)
-        assert eager(model, model, torch.linspace(-100, 100, 80).half())
+        x = torch.linspace(-100, 100, 80).half()
+        assert eager(model, model, x)
+        for wrong in (math.nan, -math.inf):
+            found = eager(model, Returns(lambda x, wrong=wrong: (x * 1000).where(x * 1000 < math.inf, wrong)), x)
+            assert not found
+            assert found.rows[0].non_finite > 0
 
     def test_other_shapes_dtypes_and_outputs(self) -> None:
         x = torch.randn(4, 100)
@@ -393,6 +399,39 @@ class TestPrograms:
         assert not found
         assert "noise floors" in found.criterion  # a program runs in float64 too
 
+    @pytest.mark.parametrize("swapped", [False, True])
+    def test_a_program_of_one_batch_size(self, swapped: bool) -> None:
+        class Grid(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.reshape(x.shape[0], 5, 10)
+
+        x = torch.randn(4, 50)
+        program = torch.export.export(Grid().eval(), (x,))
+        sides = (program, Grid().eval()) if swapped else (Grid().eval(), program)
+        found = verify(*sides, (x,), backend="eager")
+        assert found, str(found)
+        assert [variation.batch for variation in found.inputs] == [None] * 4
+
+    def test_only_what_is_compiled_is_unwrapped(self) -> None:
+        class Wrapper(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self._orig_mod = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self._orig_mod(x)
+                return out + 1
+
+        model = network()
+        assert not eager(model, Wrapper(model).eval(), *image())
+        compiled = copy.deepcopy(model)
+        compiled.compile(backend="eager")
+        for other in (torch.compile(model, backend="eager"), compiled):
+            found = eager(model, other, *image())
+            assert found
+            assert any("the candidate is compiled; the code it was compiled from is" in note for note in found.notes)
+        assert not any("compiled" in note for note in eager(model, model, *image()).notes)
+
     def test_damaged_and_absent_programs(self, tmp_path: Path) -> None:
         (tmp_path / "a.pt2").write_text("not one")
         with pytest.raises(NormswapError, match=r"a\.pt2"):
@@ -454,6 +493,61 @@ class TestTruth:
             noise = float((model(x).double() - truth).abs().max())
         assert row.noise == pytest.approx(noise, rel=1e-3)
 
+    def test_half_precision_is_not_random_when_cast_to_float32(self) -> None:
+        class Deep(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(40))
+
+            def forward(self, x: Tensor) -> Tensor:
+                for layer in self.layers:
+                    x = x + layer(x).relu()
+                return x.float()
+
+        torch.manual_seed(0)
+        model, x = Deep().eval().bfloat16(), torch.randn(8, 64).bfloat16()
+        found = eager(model, copy.deepcopy(model), x)
+        assert max(row.floor or 0.0 for row in found.rows) > 2 ** (-23 / 3)
+        assert {row.verdict for row in found.rows} == {"equivalent"}, str(found)
+        assert not eager(model, changed(model, lambda m: m.layers[-1].weight.mul_(1.3)), x)
+
+    def test_complex_parameters_and_inputs(self) -> None:
+        """They stay complex in the float64 run, and are as wide as it."""
+
+        class Spectral(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(51, 51, dtype=torch.complex64))
+
+            def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+                return torch.fft.irfft((torch.fft.rfft(x) + shift).to(torch.complex64) @ self.weight, n=100)
+
+        model, x = Spectral().eval(), (torch.randn(4, 100), torch.randn(51, dtype=torch.complex64))
+        found = eager(model, copy.deepcopy(model), *x)
+        assert found, str(found)
+        assert all(0 < (row.floor or 0.0) < 1e-5 for row in found.rows)
+        assert not eager(model, changed(model, lambda m: m.weight.imag.mul_(1.0001)), *x)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_an_output_cast_to_float64_keeps_its_noise(self, dtype: torch.dtype) -> None:
+        """Its floor is the error that the reference makes in float32, not that of a computation in float64."""
+
+        class Late(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.inner(x)
+                return out.float().double() * 2
+
+        model = network(dtype)
+        found = eager(Late(model).eval(), Late(folded(model)).eval(), *image(dtype))
+        assert found, str(found)
+        assert {row.dtype for row in found.rows} == {"float64"}
+        other = changed(model, lambda m: m[4].running_mean[0].add_(1e-4))
+        assert not eager(Late(model).eval(), Late(other).eval(), *image(dtype))
+
     def test_without_a_float64_run(self) -> None:
         def single(x: Tensor) -> Tensor:
             if x.dtype != torch.float32:
@@ -483,6 +577,19 @@ class TestTruth:
         assert any("left out, the reference does not take them (ValueError: negative)" in note for note in found.notes)
         with pytest.raises(NormswapError, match="reference Returns fails on example_inputs: ValueError: negative"):
             eager(Returns(positive), Returns(positive), -torch.rand(4, 100))
+        data = [(torch.rand(4, 100),), (-torch.rand(4, 100),)]
+        with pytest.raises(NormswapError, match=r"reference Returns fails on data \[1\]: ValueError: negative"):
+            verify(Returns(positive), Returns(positive), data[0], backend="eager", data=data)
+
+    def test_outputs_that_are_never_finite_everywhere(self) -> None:
+        """A mask of infinities is no reason to try nothing but the given inputs."""
+
+        def masked(x: Tensor) -> Tensor:
+            return x.masked_fill(torch.arange(100) < 3, -math.inf)
+
+        x = torch.randn(4, 100)
+        assert len(eager(Returns(masked), Returns(masked), x).inputs) == 6
+        assert not eager(Returns(masked), Returns(lambda x: masked(x.clamp(max=8.0))), x)
 
 
 class TestInputs:
@@ -604,6 +711,20 @@ class TestNothingChanges:
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.get_default_dtype() == torch.float32
 
+    def test_random_states_of_python_and_numpy(self) -> None:
+        """They are put back, and both sides draw the same."""
+
+        def drawing(x: Tensor) -> Tensor:
+            return x * random.random() + float(numpy.random.rand())
+
+        def state() -> str:
+            return repr((random.getstate(), numpy.random.get_state()))
+
+        before = state()
+        assert eager(Returns(drawing), Returns(drawing), torch.randn(4, 100))
+        assert not eager(Returns(drawing), Returns(lambda x: drawing(x) * 2), torch.randn(4, 100))
+        assert state() == before
+
     def test_draws_do_not_depend_on_the_callers_seed(self) -> None:
         drawn = []
 
@@ -669,6 +790,7 @@ class TestFlatten:
 
     def test_leaves(self) -> None:
         assert torch.equal(flatten(0.5)["output"], torch.tensor(0.5))
+        assert torch.equal(flatten(numpy.arange(3))["output"], torch.arange(3))
         assert flatten(None) == {"output": None}
         assert flatten(torch.eye(2).to_sparse())["output"].layout == torch.strided
 
@@ -677,6 +799,7 @@ class TestFlatten:
         found = eager(Returns(lambda x: (x, 3, "a", {1})), Returns(lambda x: (x, 3, "a", {2})), x)
         assert found
         assert "output[3] is a set, which is not compared" in found.notes
+        assert not eager(Returns(lambda x: (x, x.numpy() * 2)), Returns(lambda x: (x, x.numpy() * 3)), x)
         found = eager(Returns(lambda x: (x, 3)), Returns(lambda x: (x, 4)), x)
         assert "4 instead of 3" in str(found)
         assert not eager(Returns(lambda x: None), Returns(lambda x: None), x)

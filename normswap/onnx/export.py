@@ -32,6 +32,7 @@ from normswap import archive, provenance
 from normswap.dynamic import Request, Sizes, request
 from normswap.errors import NormswapError
 from normswap.files import check_output, whole_file, whole_files
+from normswap.graph.reach import is_compiled_wrapper
 
 LARGEST = 2**31 - 2**25
 """Bytes of weights that go into one ``.onnx`` file: a protobuf message holds 2 GiB, with the graph."""
@@ -330,7 +331,7 @@ def isolated(model: nn.Module, *, share: bool) -> nn.Module:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        inner = getattr(model, "_orig_mod", None) if is_compiled_wrapper(model) else None
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):

@@ -12,14 +12,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError
+from normswap.graph.reach import is_compiled_wrapper
 from normswap.onnx.export import check_eval, check_inputs, export, isolated, one_line, training_modules
 from normswap.verification.criterion import Measured, Row, Tolerance, judge, measure, without_zeros
 from normswap.verification.diagnose import Diagnosis
-from normswap.verification.inputs import Arguments, Variation, Variations, load_inputs
+from normswap.verification.inputs import Arguments, Freedom, Variation, Variations, load_inputs
 from normswap.verification.outputs import Outputs, finite, named_like
 from normswap.verification.reference import Answers, Reference
 from normswap.verification.result import Verification
-from normswap.verification.runners import EagerRunner, OnnxRunner, Program, Runner, freedom_of, opened
+from normswap.verification.runners import EagerRunner, OnnxRunner, Program, Runner, batch_is_open, freedom_of, opened
 
 Backend = Literal["onnxruntime", "eager"]
 Data = str | os.PathLike[str] | Iterable[Arguments]
@@ -57,10 +58,10 @@ def verify(
     Where a run differs, its ``locations`` say where it first does, and its ``profiles`` hold the error along the depth;
     ``layers=True`` asks for the profiles of equivalent runs too. Seeing into a run keeps all of its values in memory.
 
-    Raises :class:`NormswapError` for misuse: wrong types, a reference that fails on ``example_inputs``, a tolerance for
-    an output that is not there, and for ``"onnxruntime"`` a model in train mode, one that cannot be exported, and a
-    file that ONNX Runtime cannot load or that takes other inputs. A candidate that fails where the reference runs is
-    not equivalent; the report says why.
+    Raises :class:`NormswapError` for misuse: wrong types, a reference that fails on ``example_inputs`` or ``data``, a
+    tolerance for an output that is not there, and for ``"onnxruntime"`` a model in train mode, one that cannot be
+    exported, and a file that ONNX Runtime cannot load or that takes other inputs. A candidate that fails where the
+    reference runs is not equivalent; the report says why.
     """
     if backend not in ("onnxruntime", "eager"):
         raise NormswapError(f"unknown backend {backend!r}; the backends are: onnxruntime, eager")
@@ -107,6 +108,8 @@ class _Comparison:
         for role, model in (("reference", self.reference), ("candidate", self.candidate)):
             if isinstance(model, Path):
                 continue
+            if is_compiled_wrapper(model) or any(vars(m).get("_compiled_call_impl") for m in model.modules()):
+                self.notes.append(f"the {role} is compiled; the code it was compiled from is what is compared")
             if self.backend == "onnxruntime":
                 check_eval(model, f"verify with ONNX Runtime (the {role})")
             elif training := training_modules(model):
@@ -121,7 +124,7 @@ class _Comparison:
         assert truth.given is not None
         tolerance.check(list(truth.given.own))
         runners = self._runners()
-        variations = Variations(self.example_inputs, more, freedom_of(runners), vary=vary)
+        variations = Variations(self.example_inputs, more, self._freedom(runners), vary=vary)
         found, kept = self._measured(truth, runners, variations, tolerance)
         self.notes += [*variations.notes, *truth.notes]
         rows = without_zeros(judge(found), self.notes)
@@ -149,7 +152,9 @@ class _Comparison:
     def _runners(self) -> list[Runner]:
         runners: list[Runner] = []
         if isinstance(self.candidate, nn.Module):
-            runners.append(EagerRunner(isolated(self.candidate, share=False)))
+            runners.append(
+                EagerRunner(isolated(self.candidate, share=False), freedom=Freedom(batch_is_open(self.candidate)))
+            )
             if self.backend == "eager":
                 return runners
             path = self.folder / "candidate.onnx"
@@ -167,6 +172,11 @@ class _Comparison:
             runners.append(runner)
         return runners
 
+    def _freedom(self, runners: Sequence[Runner]) -> Freedom:
+        free = freedom_of(runners)
+        known = isinstance(self.reference, Path) or batch_is_open(self.reference)
+        return free if known else replace(free, batch=False)
+
     def _measured(
         self, truth: Reference, runners: Sequence[Runner], variations: Variations, tolerance: Tolerance
     ) -> tuple[list[Measured], list[Variation]]:
@@ -176,10 +186,14 @@ class _Comparison:
             try:
                 answers = truth(variation, inputs)
             except Exception as error:
+                if variation.seed is None:
+                    raise NormswapError(
+                        f"the reference {truth.name} fails on {variation.name}: {one_line(error)}"
+                    ) from error
                 told = f"{variation.name}: left out, the reference does not take them ({one_line(error)})"
                 self.notes.append(told)
                 continue
-            if kept and not finite(answers.wide):
+            if kept and not finite(answers.wide) and (truth.given is None or finite(truth.given.wide)):
                 self.notes.append(f"{variation.name}: left out, the reference is not finite on them")
                 continue
             kept.append(variation)
@@ -231,7 +245,7 @@ def _outputs(blank: Row, answers: Answers, got: Outputs, tolerance: Tolerance, n
             yield Measured(replace(row, problem=f"{value.dtype} instead of {expected.dtype}"))
         else:
             wide, noise = answers.wide.get(name), answers.noise.get(name)
-            yield measure(row, expected, wide, noise, value, tolerance.of(name))
+            yield measure(row, expected, wide, noise, value, tolerance.of(name), answers.coarsest)
 
 
 _PLAIN = (type(None), bool, int, str, bytes)

@@ -22,9 +22,10 @@ channel    root of the mean square         the same, of that channel (axis 1)   
   that median, that of a channel also to the median over the channels; the floor of an output with fewer than ``FEW``
   values is twice the largest one. Channels with fewer than ``FEW`` values are not judged one by one.
 - A floor above :math:`\epsilon^{1/3}` (0.5 % of the scale in float32) can prove nothing: random or chaotic outputs are
-  *inconclusive*, which is not equivalent.
+  *inconclusive*, which is not equivalent. Here :math:`\epsilon` is that of the reference's coarsest parameters if that
+  is larger: half precision is not random when its output is cast to float32.
 - For a float64 output the floor is that of the same model in float32, scaled by the ratio of the epsilons: to first
-  order, rounding error is proportional to epsilon.
+  order, rounding error is proportional to epsilon. Where its own error is larger, it was cast to float64 too late.
 - Integer and boolean outputs: the error is the share of values that differ, with no :math:`U \epsilon`.
 - Non-finite values must stand where the reference has them.
 - Where a float64 run is impossible, :math:`r` stands for :math:`t`, and the largest error must be at most
@@ -147,6 +148,8 @@ class Measured:
     """The channel whose error stands out most from its floor."""
     channel_error: float = 0.0
     """That error in units of its lifted floor."""
+    coarsest: float = 0.0
+    """Epsilon of the coarsest dtype that the reference computes in."""
     outside: float | None = None
     """Under tolerances: the largest error in units of what they allow."""
 
@@ -160,7 +163,13 @@ def epsilon_of(dtype: torch.dtype | str) -> float:
 
 
 def measure(
-    row: Row, own: Tensor, wide: Any, noise: Any, got: Tensor, tolerance: tuple[float, float] | None = None
+    row: Row,
+    own: Tensor,
+    wide: Any,
+    noise: Any,
+    got: Tensor,
+    tolerance: tuple[float, float] | None = None,
+    coarsest: float = 0.0,
 ) -> Measured:
     """``row`` with the errors of ``got`` filled in; what depends on the other inputs is left to :func:`judge`.
 
@@ -169,15 +178,17 @@ def measure(
     """
     known = isinstance(wide, Tensor) and isinstance(noise, Tensor) and wide.shape == noise.shape == own.shape
     truth = wide if known else own
-    mismatched = (got.isfinite() != own.isfinite()) & truth.isfinite()
+    mismatched = truth.isfinite() & ~(got.isfinite() & own.isfinite()) & ~_alike(got, own)
     mismatched |= ~truth.isfinite() & ~_alike(got, truth) & ~_alike(got, own)
     epsilon = epsilon_of(own.dtype)
     error, clean = _difference(got, truth)
-    found = Measured(row, mean=_mean(error), mean_scale=_mean(clean))
+    found = Measured(row, mean=_mean(error), mean_scale=_mean(clean), coarsest=coarsest)
     floor = share = None
     if known:
         own_error, _ = _difference(noise, truth)
         own_error *= epsilon / epsilon_of(noise.dtype) if epsilon else 1.0
+        if noise is not own:  # A float64 output need not have been computed in float64.
+            own_error = torch.maximum(own_error, _difference(own, truth)[0])
         floor, share = _largest(own_error), _share(own_error)
         found = replace(found, mean_floor=_mean(own_error))
         if epsilon and own.dim() > 2 and own.numel() // max(1, own.shape[1]) >= FEW:
@@ -283,7 +294,7 @@ def _judged(found: Measured, group: Sequence[Measured]) -> Row:
                 excess, measure = other, name
     row = replace(row, allowed=allowed, excess=excess, measure=measure)
     row = replace(row, verdict="equivalent" if excess <= 1 else "different")
-    if row.floor is not None and row.floor > (epsilon ** (1 / 3) if epsilon else 0.1):
+    if row.floor is not None and row.floor > (max(epsilon, found.coarsest) ** (1 / 3) if epsilon else 0.1):
         problem = f"the reference's own error is {row.floor:.2g} of the output's scale: it is random or chaotic"
         return replace(row, verdict="inconclusive", problem=problem)
     return row

@@ -101,7 +101,7 @@ class Diagnosis:
         if not place.detail and graph.computes(place.position) is False:
             cause = "runtime"
         entry = place.entry
-        kind = search.values.kinds.get(place.name, entry.kind)
+        kind = place.kind if self.truth.path is not None else search.values.kinds.get(place.name, entry.kind)
         where = "node" if not place.detail else "left out in front of" if "left" in place.detail else "in front of"
         detail = f"{where} {entry.operator} ({entry.kind})"
         around = search.around(place.position)

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from normswap.verification.criterion import Row, judge, measure
 from normswap.verification.inputs import Arguments
 from normswap.verification.outputs import flatten
-from normswap.verification.precision import Precision, precision
+from normswap.verification.precision import Precision, fixed_random, precision
 from normswap.verification.reference import Reference
 from normswap.verification.result import Layer
 from normswap.verification.tracing import Entry, Trace, tensors, trace
@@ -364,8 +364,7 @@ def _called(module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None
         found = (value for value in flatten(output).values() if isinstance(value, Tensor))
         return tuple(value for value in found if value.is_floating_point())
 
-    with torch.random.fork_rng([]), torch.no_grad():
-        torch.manual_seed(0)
+    with fixed_random((args, kwargs)), torch.no_grad():
         if dtype is None:
             return run(None)
         with precision(dtype) as mode:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ Outputs = dict[str, Any]
 def flatten(output: Any) -> Outputs:
     """Leaves of a model's output by name: ``output`` for a lone tensor, ``output[0]``, keys, field names.
 
-    Tensors are detached, on the CPU and dense; a float becomes one."""
+    Tensors are detached, on the CPU and dense; a float and an array of numbers become one."""
     return {name: _leaf(value) for name, value in leaves(output).items()}
 
 
@@ -37,6 +38,8 @@ def leaves(output: Any, name: str = "") -> Outputs:
 def _leaf(value: Any) -> Any:
     if isinstance(value, float):
         return torch.tensor(value)
+    if isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
+        return torch.from_numpy(numpy.array(value))
     if not isinstance(value, Tensor):
         return value
     value = value.detach().cpu()

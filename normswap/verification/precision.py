@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +30,21 @@ class Precision(TorchDispatchMode):
         return self.cast(out) if func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default) else out
 
     def _dtype(self, value: Any) -> Any:
-        return self.dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+        if not isinstance(value, torch.dtype):
+            return value
+        return self.dtype if value.is_floating_point else self.dtype.to_complex() if value.is_complex else value
 
     def cast(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return _cast(value, self.dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in ``dtype``, a complex one in the complex dtype of that width; else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_complex():
+        return value.to(dtype.to_complex())
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 @contextmanager
@@ -48,11 +61,11 @@ def precision(dtype: torch.dtype) -> Iterator[Precision]:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``model`` with parameters, buffers and other tensors in its modules' attributes in ``dtype``, in place."""
-    model.to(dtype)
 
     def convert(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        return _cast(leaf, dtype)
 
+    model._apply(convert)  # Module.to would make complex tensors real.
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if name in ("_parameters", "_buffers", "_modules") or not isinstance(value, Tensor | dict | list | tuple):
@@ -62,14 +75,29 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def call(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
-    """One call without gradients and with a fixed random state; the caller's inputs and random state stay."""
+@contextmanager
+def fixed_random(inputs: Any) -> Iterator[None]:
+    """Within it, torch (also on the devices of ``inputs``), Python and numpy draw the same numbers each time; their
+    states are put back at the end."""
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
-    inputs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
-        return flatten(model(*inputs))
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            random.seed(0)
+            numpy.random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
+def call(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
+    """One call without gradients and with a fixed random state; the caller's inputs and random state stay."""
+    given = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    with fixed_random(inputs), torch.no_grad():
+        return flatten(model(*given))
 
 
 def call_in(model: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> Outputs:

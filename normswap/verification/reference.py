@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError
 from normswap.onnx.export import isolated, one_line
-from normswap.verification.criterion import FACTOR, FEW, MEAN_FACTOR, MEAN_ULPS, ULPS
+from normswap.verification.criterion import FACTOR, FEW, MEAN_FACTOR, MEAN_ULPS, ULPS, epsilon_of
 from normswap.verification.inputs import Arguments, Variation
 from normswap.verification.outputs import Outputs
 from normswap.verification.precision import call, call_in, cast
@@ -28,6 +28,8 @@ class Answers:
     """In float64; empty where there is no such run."""
     noise: Outputs
     """Of the run whose error is the noise floor: ``own``, or float32 for outputs in float64; empty likewise."""
+    coarsest: float = 0.0
+    """The largest machine epsilon among the dtypes of the reference's parameters."""
 
 
 class Reference:
@@ -84,7 +86,11 @@ class Reference:
     def _with_wide(self, own: Outputs, inputs: Arguments) -> Answers:
         wide = self._in(torch.float64, inputs)
         doubles = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in own.values())
-        return Answers(own, wide, self._in(torch.float32, inputs) if doubles else own)
+        return Answers(own, wide, self._in(torch.float32, inputs) if doubles else own, self._coarsest())
+
+    def _coarsest(self) -> float:
+        parameters = () if self.model is None else self.model.parameters()
+        return max((epsilon_of(parameter.dtype) for parameter in parameters), default=0.0)
 
     def _in(self, dtype: torch.dtype, inputs: Arguments) -> Outputs:
         return call_in(self.copy_in(dtype), inputs, dtype)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from normswap.errors import NormswapError
@@ -145,6 +146,13 @@ def opened(program: Program) -> nn.Module | Path:
         return program.module(check_guards=False) if guards else program.module()
     check_model(program)
     return program
+
+
+def batch_is_open(model: nn.Module) -> bool:
+    """Whether a module takes other batch sizes, as far as is known: a graph from ``torch.export`` says so itself."""
+    nodes = model.graph.find_nodes(op="placeholder") if isinstance(model, GraphModule) else ()
+    values = (node.meta.get("val") for node in nodes)
+    return not any(isinstance(v, Tensor) and v.dim() and isinstance(v.shape[0], int) for v in values)
 
 
 def freedom_of(runners: Sequence[Runner]) -> Freedom:

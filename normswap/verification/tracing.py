@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from normswap.verification.inputs import Arguments
 from normswap.verification.outputs import leaves
-from normswap.verification.precision import precision
+from normswap.verification.precision import fixed_random, precision
 
 
 @dataclass
@@ -70,9 +70,8 @@ def trace(model: nn.Module, inputs: Arguments, dtype: torch.dtype | None = None)
     try:
         for module in tracer.names:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(tracer.leave, with_kwargs=True))
-        with torch.random.fork_rng(_devices(inputs)), torch.no_grad(), context as mode:
-            torch.manual_seed(0)
+            handles.append(module.register_forward_hook(tracer.leave, with_kwargs=True, always_call=True))
+        with fixed_random(inputs), torch.no_grad(), context as mode:
             given = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
             given = given if mode is None else tree_map(mode.cast, given)
             with tracer:
@@ -82,10 +81,6 @@ def trace(model: nn.Module, inputs: Arguments, dtype: torch.dtype | None = None)
         for handle in handles:
             handle.remove()
     return tracer.trace
-
-
-def _devices(inputs: Arguments) -> list[int]:
-    return sorted({leaf.get_device() for leaf in tensors(inputs) if leaf.is_cuda})
 
 
 @dataclass
@@ -164,6 +159,8 @@ class _Tracer(TorchFunctionMode):
         try:
             opened = self.stack.pop()
             self.running.pop()
+            if output is None:  # It raised, and what it raised may be caught.
+                return
             call = self.counts[module] = self.counts.get(module, -1) + 1
             entry = Entry(self.names[module], type(module).__name__, call, self.values(output), opened.inputs)
             entry.placed = True
