@@ -38,7 +38,7 @@ NAMES = (
     "torchvision/densenet121", "torchvision/efficientnet_b0", "torchvision/shufflenet_v2_x1_0",
     "torchvision/googlenet", "torchvision/regnet_y_400mf", "torchvision/mnasnet0_5", "torchvision/vgg11_bn",
     "torchvision/fcn_resnet50", "torchvision/lraspp_mobilenet_v3_large", "torchvision/r3d_18", "timm/levit_128s",
-    "timm/repvgg_a0", "timm/resnet26t", "timm/ghostnet_100",
+    "timm/repvgg_a0", "timm/resnet26t", "timm/ghostnet_050",
 )  # fmt: skip
 LIMIT = 10.0
 """Noise floors from which on an effect must be seen."""

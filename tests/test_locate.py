@@ -244,6 +244,19 @@ class TestFiles:
             assert (found.name, found.kind) == ("stem.2", "ReLU")
             assert found.detail.startswith("left out in front of")
 
+    def test_a_weight_that_nodes_make(self, tmp_path: Path) -> None:
+        """A linear layer on more than two axes is Transpose (of the weight), MatMul, Add in the file."""
+        pytest.importorskip("onnxruntime")
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 70)).eval(), (torch.randn(2, 5, 6),)
+        for name in ("0", "2"):
+            for field in ("weight", "bias"):
+                wrong = faulty(model, lambda m, name=name, field=field: negate(getattr(m.get_submodule(name), field)))
+                path = normswap.export(wrong, tmp_path / f"{name}{field}.onnx", x, optimize=False)
+                found = place(verify(model, path, x))
+                assert (found.name, found.kind) == (name, "Linear")
+                assert found.detail.startswith("node ")
+
     def test_behind_a_sequence(self, tmp_path: Path) -> None:
         """``chunk`` becomes a sequence in the file, whose value is no tensor: it is right if what reads it is."""
 

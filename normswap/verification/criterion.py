@@ -53,9 +53,9 @@ FACTOR = 4.0
 
 Two correct programs stay below 2: see ``docs/verification.md`` for the models, dtypes and runtimes it was measured on.
 """
-MEAN_FACTOR = 3.0
-"""The same for the root of the mean square, which varies less."""
-CHANNEL_FACTOR = 8.0
+MEAN_FACTOR = 6.0
+"""The same for the root of the mean square; the most seen is 3.1, of a network that magnifies rounding."""
+CHANNEL_FACTOR = 16.0
 """The same for that of one channel, the worst of many."""
 FEW = 64
 """Below this many values the largest error of an output varies too much from one input to the next to be a measure."""

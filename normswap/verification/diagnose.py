@@ -17,7 +17,7 @@ from normswap.onnx.export import one_line
 from normswap.verification.criterion import Row
 from normswap.verification.graph import Graph, module_of
 from normswap.verification.inputs import Arguments
-from normswap.verification.locate import Search, Values
+from normswap.verification.locate import Search, Values, limit_of
 from normswap.verification.reference import Reference
 from normswap.verification.result import Cause, Layer, Location, Profile
 from normswap.verification.runners import EagerRunner, OnnxRunner, Runner
@@ -72,6 +72,7 @@ class Diagnosis:
         self._search(search, runner, name, "model", wrong)
 
     def _search(self, search: Search, runner: Runner, name: str, cause: Cause, wrong: Sequence[Row]) -> None:
+        search.values.limit = _limit(wrong, name)
         place = search.run()
         self.profiles.append(Profile(runner.name, name, search.layers()))
         if not wrong:
@@ -90,6 +91,7 @@ class Diagnosis:
             return
         found = graph.trace(self.outputs)
         search = Search(self._expected(module, name), found, _outputs(wrong, name))
+        search.values.limit = _limit(wrong, name)
         place = search.run()
         self.profiles.append(Profile(runner.name, name, search.layers()))
         if not wrong:
@@ -138,6 +140,10 @@ class Diagnosis:
 
 def _outputs(wrong: Sequence[Row], name: str) -> frozenset[str]:
     return frozenset(row.output for row in wrong if row.inputs == name)
+
+
+def _limit(wrong: Sequence[Row], name: str) -> float:
+    return limit_of(max((row.excess for row in wrong if row.inputs == name), default=1.0))
 
 
 def _size(inputs: Arguments) -> int:

@@ -65,7 +65,8 @@ class Graph:
         varying = {value.name for value in self.model.graph.input} - {v.name for v in self.model.graph.initializer}
         for index, node in enumerate(self.nodes):
             sources = frozenset(self.producer[name] for name in node.input if name in self.producer)
-            entry = Entry(module_of(node), node.op_type, 0, (), self._tensors(node.input), sources)
+            inputs = self._tensors([name for name in node.input if name in varying])  # not weights that nodes make
+            entry = Entry(module_of(node), node.op_type, 0, (), inputs, sources)
             if not varying.isdisjoint(node.input) or (node.attribute and _has_graph(node)):
                 varying.update(node.output)
                 entry.outputs = self._tensors(node.output)

@@ -32,6 +32,8 @@ from normswap.verification.tracing import Entry, Trace, tensors, trace
 
 AROUND = 3
 """How many values before and behind a place are shown with it."""
+MOST = 10.0
+"""The most that a value inside may exceed what is allowed there and still be taken for right."""
 _RELATED = 0.01
 """Share of a channel's deviation that may be left for two values to be related."""
 _PROBE = 256
@@ -63,9 +65,12 @@ class Match:
     moved: bool = False
     """Whether it agrees with a value of another place than its own."""
 
+    limit: float = 1.0
+    """The excess up to which it is taken for right."""
+
     @property
     def right(self) -> bool:
-        return self.excess is not None and self.excess <= 1
+        return self.excess is not None and self.excess <= self.limit
 
     @property
     def in_place(self) -> bool:
@@ -84,13 +89,13 @@ class Place:
     """Of the entry in the trace."""
 
 
-def excess(got: Tensor, own: Tensor, wide: Tensor | None) -> Match:
+def excess(got: Tensor, own: Tensor, wide: Tensor | None, limit: float = 1.0) -> Match:
     """``got`` against one value of the reference, by the criterion of one set of inputs."""
     row = Row("", "", "", shape=tuple(got.shape), dtype=str(got.dtype).removeprefix("torch."))
     judged = judge([measure(row, own, wide, None if wide is None else own, got)])[0]
     if judged.non_finite:
         return Match(math.inf, judged.floor, math.inf, allowed=judged.allowed)
-    return Match(judged.relative, judged.floor, judged.excess, allowed=judged.allowed)
+    return Match(judged.relative, judged.floor, judged.excess, allowed=judged.allowed, limit=limit)
 
 
 class Values:
@@ -101,6 +106,7 @@ class Values:
         self.by_shape: dict[tuple[int, ...], list[Truth]] = defaultdict(list)
         self.inputs: dict[tuple[str, int, int], Truth] = {}
         self.kinds: dict[str, str] = {}
+        self.limit = 1.0
         if wide is not None and _shape_of(wide) != _shape_of(own):
             wide = None
         for entry, exact in _pairs(own, wide):
@@ -138,12 +144,12 @@ class Values:
         """The reference's value of the same place, or else any that ``got`` agrees with."""
         first = Match()
         if same is not None and same.own.shape == got.shape:
-            first = excess(got, _as(same.own, got), same.wide)
+            first = excess(got, _as(same.own, got), same.wide, self.limit)
             if first.right:
                 return first
         for truth in self.by_shape[tuple(got.shape)]:
             if truth is not same and _alike(got, truth.own):
-                found = excess(got, _as(truth.own, got), truth.wide)
+                found = excess(got, _as(truth.own, got), truth.wide, self.limit)
                 if found.right:
                     return replace(found, like=truth.name, moved=same is not None)
         return first
@@ -154,6 +160,13 @@ def _pairs(own: Trace, wide: Trace | None) -> Iterator[tuple[Entry, Entry | None
     calls = [*own.entries, *own.between]
     exact: list[Entry] | list[None] = [None] * len(calls) if wide is None else [*wide.entries, *wide.between]
     yield from zip(calls, exact, strict=True)
+
+
+def limit_of(worst: float) -> float:
+    """How far a value inside may exceed what is allowed, where an output exceeds it ``worst`` times.
+
+    Rounding that is magnified on the way may exceed it a little at many places; it is not what to look for then."""
+    return min(MOST, max(1.0, math.sqrt(worst)))
 
 
 def _as(own: Tensor, got: Tensor) -> Tensor:
@@ -223,7 +236,7 @@ class Search:
         for number, (got, same) in enumerate(zip(entry.outputs, self._same_outputs(entry), strict=True)):
             if same is not None and same.own.shape == got.shape:
                 matches = list(self.matches[position])
-                matches[number] = excess(got, _as(same.own, got), same.wide)
+                matches[number] = excess(got, _as(same.own, got), same.wide, self.values.limit)
                 self.matches[position] = tuple(matches)
 
     def _same_outputs(self, entry: Entry) -> list[Truth | None]:
@@ -335,7 +348,7 @@ class Search:
         if [value.shape for value in own] != [value.shape for value in entry.outputs]:
             return False
         pairs = zip(entry.outputs, own, wide or (None,) * len(own), strict=True)
-        return all(excess(got, _as(mine, got), exact).right for got, mine, exact in pairs)
+        return all(excess(got, _as(mine, got), exact, self.values.limit).right for got, mine, exact in pairs)
 
     def layers(self) -> tuple[Layer, ...]:
         """The innermost calls in execution order."""
