@@ -8,6 +8,7 @@ from normswap.exported import load_exported
 from normswap.onnx import export
 from normswap.provenance import read_metadata, state_digest
 from normswap.registry import builds, kinds, read, reads
+from normswap.source import load
 from normswap.spec import Norm, exactness, reference, scale_shift
 from normswap.surgery import convert, fold, plan_convert
 from normswap.verification import Verification, verify
@@ -35,6 +36,7 @@ __all__ = [
     "find",
     "fold",
     "kinds",
+    "load",
     "load_exported",
     "norms",
     "plan_convert",

@@ -1,4 +1,5 @@
-"""The command line: ``normswap inspect``, ``convert``, ``fold``, ``verify``, ``export``.
+"""The command line: ``normswap inspect``, ``convert``, ``fold``, ``apply``, ``diff``, ``verify``,
+``export``.
 
 Results go to standard output, everything else to standard error. Exit status: 0 done, 1 a check failed, 2 bad input,
 130 interrupted. Choices come from the registry, so a kind that a package registers is offered like any other.
@@ -26,14 +27,18 @@ from typer.core import TyperGroup
 from normswap import __version__, engine, registry, report, surgery
 from normswap.arguments import build_model, parse_dynamic, parse_inputs, parse_pairs, parse_texts, parse_value
 from normswap.calibration import Calibration, calibrate
+from normswap.checkpoint import read
+from normswap.checkpoints.difference import differences
+from normswap.checkpoints.writing import parse_size
 from normswap.data import load_batches
+from normswap.delivery import check_destination
 from normswap.errors import NormswapError
 from normswap.files import check_output
 from normswap.onnx import surgery as onnx_files
 from normswap.onnx.export import SUFFIXES as EXPORTS
 from normswap.onnx.export import export as export_model
 from normswap.reporting import check_report, write_report
-from normswap.source import Source, check_destination, load_source, save_source
+from normswap.source import Source, fitted_recipe, load_keys, load_source, recipes_in, save_source
 from normswap.spec import Norm
 from normswap.verification import Verification
 from normswap.verification import verify as compare
@@ -131,7 +136,8 @@ OptionalModel = Annotated[
         "--model",
         "-m",
         metavar="WHERE:CALLABLE",
-        help="package.module:callable or file.py:callable; not for an .onnx file, which holds its graph.",
+        help="package.module:callable or file.py:callable; not for an .onnx file, which holds its graph, and not "
+        "needed to convert a checkpoint by its keys.",
     ),
 ]
 To = Annotated[
@@ -141,11 +147,12 @@ ModelArgs = Annotated[
     list[str] | None, typer.Option("--model-arg", metavar="K=V", help="An argument of the callable, repeatable.")
 ]
 CheckpointFile = Annotated[
-    Path | None, typer.Argument(help="A .pt, .pth or .safetensors file; without it, the model's own weights.")
+    Path | None,
+    typer.Argument(help="A checkpoint, or a folder with one; without it, the model's own weights."),
 ]
 GraphFile = Annotated[
     Path | None,
-    typer.Argument(help="A .pt, .pth or .safetensors file, or an .onnx file; without it, the model's own weights."),
+    typer.Argument(help="A checkpoint, a folder with one, or an .onnx file; without it, the model's own weights."),
 ]
 Key = Annotated[
     str | None, typer.Option("--key", help="Which state dict of the checkpoint, where it holds several, such as ema.")
@@ -161,7 +168,15 @@ Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="
 From = Annotated[list[str] | None, typer.Option("--from", metavar="KIND", help="Only norms of this kind, repeatable.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The file to write; for a checkpoint also a folder/.")
+]
+ShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Of an output folder's files, such as 5GB.")
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let the checkpoint run code, if you trust who wrote it.")
+]
 Verify = Annotated[
     bool | None,
     typer.Option(
@@ -175,6 +190,12 @@ ReportFile = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 
+def _need_model(**options: object) -> None:
+    """Raise for an option that needs the model's code."""
+    if given := [name for name, value in options.items() if value]:
+        raise NormswapError(f"{', '.join(given)}: needs the model: pass --model WHERE:CALLABLE")
+
+
 def _load(
     model: str | None,
     model_args: list[str] | None,
@@ -183,12 +204,15 @@ def _load(
     key: str | None = None,
     partial: bool = False,
     replay: bool = True,
+    trust_pickle: bool = False,
 ) -> Source:
     if model is None:
-        raise NormswapError("which model? Pass --model WHERE:CALLABLE; only an .onnx file needs none")
+        raise NormswapError(
+            "which model? Pass --model WHERE:CALLABLE; only an .onnx file, or convert of a checkpoint, needs none"
+        )
     with _working("reading the model"):
         built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
-        source = load_source(built, path, key=key, partial=partial, replay=replay)
+        source = load_source(built, path, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     for note in source.notes:
         _say(note)
     return source
@@ -299,10 +323,15 @@ def convert(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     output: Output = None,
+    max_shard_size: ShardSize = None,
+    trust_pickle: TrustPickle = False,
     report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
-    """Turn the normalizations of a model, or of an .onnx file, into another kind, and write the result."""
+    """Turn the normalizations of a model, a checkpoint or an .onnx file into another kind, and write the result.
+
+    Without --model the norms of a checkpoint are found by its keys and shapes.
+    """
     options: dict[str, Any] = parse_pairs(option or (), "--option")
     count = None if groups is None else parse_value(groups)
     for name, value in (("groups", count), ("channels_per_group", channels_per_group)):
@@ -325,7 +354,21 @@ def convert(
         )  # fmt: skip
         return
     _check_destination(output, checkpoint, dry_run, force, report_to)
-    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
+    size = None if max_shard_size is None else parse_size(max_shard_size)
+    if model is None and checkpoint is not None:
+        given = {"--model-arg": model_arg, "--input": inputs, "--verify": verify, "--partial": partial, "--data": data}
+        _need_model(**given)
+        selectors = _selectors(where, skip, kind)
+        with _working("planning"):
+            source = load_keys(
+                checkpoint, to, key=key, trust_pickle=trust_pickle, replay=replay, init=init, **selectors, **options
+            )
+        assert source.surgery is not None
+        plan, check = source.surgery.plan, _Check(False, None, report_to)
+        _check_kinds(plan, kind)
+        _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
+        return
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     batches = None if data is None else load_batches(data, batch_size)
     with _working("planning"):
@@ -341,7 +384,7 @@ def convert(
     _check_kinds(plan, kind)
     fitted = None if batches is None else partial_of(calibrate, batches=batches, refine=refine)
     check = _Check(verify, example, report_to)
-    _carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force)
+    _carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
 
 
 @app.command()
@@ -537,6 +580,7 @@ def _carry_out(
     dry_run: bool,
     as_json: bool,
     force: bool,
+    shard_size: int | None = None,
 ) -> None:
     """Show the plan; unless dry, apply it, calibrate and compare where asked, and write."""
     record: dict[str, object] = {
@@ -571,8 +615,11 @@ def _carry_out(
             verification = _compare(source.model, changed, check.example, backend="eager", layers=check.layers)
         _judge(verification, check, record, title, output, plan, as_json=as_json, force=force)
         with _working(f"writing {output}"):
-            written = save_source(source, changed, plan.recipe, output, force=force)
+            said = len(source.notes)
+            written = save_source(source, changed, plan.recipe, output, force=force, max_shard_size=shard_size)
         record["written"] = [str(path) for path in written]
+        for note in source.notes[said:]:
+            _say(note)
         for path in written:
             _say(f"wrote {path}")
     finally:
@@ -646,6 +693,55 @@ def verify(
     check.report(verification, f"{candidate.name} compared with {reference.name}", force, None)
     if not verification:
         raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (JSON), or a converted checkpoint that has one.")],
+    model: ModelName,
+    checkpoint: CheckpointFile = None,
+    model_arg: ModelArgs = None,
+    key: Key = None,
+    partial: Partial = False,
+    replay: Replay = True,
+    output: Output = None,
+    max_shard_size: ShardSize = None,
+    trust_pickle: TrustPickle = False,
+    force: Force = False,
+) -> None:
+    """Make the changes of a recipe on a fresh model and its checkpoint, and write the result."""
+    _check_destination(output, checkpoint, False, force, None)
+    assert output is not None
+    size = None if max_shard_size is None else parse_size(max_shard_size)
+    recipes = recipes_in(recipe)
+    source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
+    with _working("applying"):
+        changed = source.model
+        for each in recipes:
+            changed = engine.apply_recipe(changed, fitted_recipe(each, changed), inplace=True)
+    source.recipes += recipes[:-1]
+    with _working(f"writing {output}"):
+        said = len(source.notes)
+        written = save_source(source, changed, recipes[-1], output, force=force, max_shard_size=size)
+    for note in [*source.notes[said:], *(f"wrote {path}" for path in written)]:
+        _say(note)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    after: Annotated[Path, typer.Argument(help="Another.")],
+    key: Key = None,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell which tensors of two checkpoints are not the same; the exit status is 0 either way."""
+    with _working("comparing"):
+        pair = [read(path, key=key, trust_pickle=trust_pickle) for path in (before, after)]
+        found = differences(*pair)
+    same = len(pair[0].tensors) - sum(each.what != "added" for each in found)
+    record = {"same": same, "differences": [each.to_dict() for each in found]}
+    _show(report.differences_report(found, same), record, as_json)
 
 
 @app.command()

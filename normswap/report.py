@@ -15,6 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from normswap.checkpoints.difference import Difference
 from normswap.engine import Plan, Site
 from normswap.verification import Layer, Verification
 from normswap.verification.result import COLUMNS, cells
@@ -126,6 +127,17 @@ def plan_report(plan: Plan) -> Report:
         (*(f"note: {note}" for note in plan.notes), summary),
         text=str(plan),
     )
+
+
+def differences_report(found: Sequence[Difference], same: int) -> Report:
+    """The tensors that two checkpoints do not share."""
+    rows = tuple(
+        (each.name, each.what, each.before, each.after, "" if each.largest is None else f"{each.largest:.3g}")
+        for each in found
+    )
+    section = _without_empty("Differences", ("name", "what", "before", "after", "largest difference"), rows)
+    kinds = Counter(each.what for each in found)
+    return Report((section,), (f"{same} the same, {len(found)} not" + (f" ({_counted(kinds)})" if found else ""),))
 
 
 def verification_report(found: Verification) -> Report:

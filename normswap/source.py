@@ -8,7 +8,8 @@ When such a checkpoint is read, they are replayed on a fresh model before its te
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from normswap import checkpoint, engine
+from normswap.checkpoints.keys import Fit, fit_names, names_in_file, renamed_for
+from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.safety import check_statistics
+from normswap.checkpoints.surgery import Surgery, plan_keys
+from normswap.delivery import Recipe, as_in_file, deliver, parameters_of, recipe_path
 from normswap.errors import NormswapError
-from normswap.files import check_output, whole_file
-
-KEY = "normswap.recipe"
-SUFFIXES = (".pt", ".pth", ".safetensors")
-Recipe = dict[str, Any]
+from normswap.provenance import RECIPE as KEY
 
 
 @dataclass
@@ -33,25 +35,39 @@ class Source:
     recipes: list[Recipe] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    read: Checkpoint | None = None
+    fit: Fit | None = None
+    """From the names in the file to those in the model."""
+    parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes by name, before any change."""
+    surgery: Surgery | None = None
+    """Where the model's code is not there, and ``model`` is but a skeleton of its norms."""
 
 
 def load_source(
-    model: nn.Module, path: Path | None, *, key: str | None = None, partial: bool = False, replay: bool = True
+    model: nn.Module,
+    path: Path | None,
+    *,
+    key: str | None = None,
+    partial: bool = False,
+    replay: bool = True,
+    trust_pickle: bool = False,
 ) -> Source:
     """``model`` with the tensors of the checkpoint at ``path``, after the recipes that came with it; in place.
 
-    ``key`` names the state dict in a checkpoint that holds several.
+    ``key`` names the state dict in a checkpoint that holds several; ``trust_pickle`` lets code in the file run.
 
     Raises :class:`NormswapError` for a file that cannot be read, and for a recipe or keys that do not fit the model.
     """
     model.eval()
     if path is None:
         return Source(model, notes=["no checkpoint given: the weights are those the model was built with"])
-    read = checkpoint.read(path, key=key)
-    source = Source(model, path, metadata=dict(read.metadata))
-    source.recipes = read_recipes(path, source.metadata) if replay else []
+    read = checkpoint.read(path, key=key, trust_pickle=trust_pickle)
+    check_statistics(read.tensors, read.tensors, str(path))
+    source = Source(model, path, metadata=dict(read.metadata), read=read)
+    source.recipes = _own_recipes(read) if replay else []
     for recipe in source.recipes:
-        source.model = engine.apply_recipe(source.model, recipe, inplace=True)
+        source.model = engine.apply_recipe(source.model, fitted_recipe(recipe, source.model), inplace=True)
     if source.recipes:
         source.notes.append(f"{path}: replayed {_count(len(source.recipes), 'recipe')} on the model")
     try:
@@ -60,12 +76,32 @@ def load_source(
         if not source.recipes:
             raise
         raise NormswapError(f"{error}. Its recipe was replayed first; --no-recipe leaves that aside") from error
+    source.fit = fit_names(read.tensors, source.model.state_dict(keep_vars=True))
+    source.parameters = {name: tuple(value.shape) for name, value in source.model.named_parameters()}
     source.model.eval()
     return source
 
 
-def recipe_path(path: Path) -> Path:
-    return path.with_name(path.name + ".normswap.json")
+def load(model: nn.Module, path: str | os.PathLike[str], *, key: str | None = None) -> nn.Module:
+    """A fresh ``model`` with a checkpoint in it, after the surgery whose recipe travels with the checkpoint; in place.
+
+    Returns the model (another object only where its root is a norm that the recipe replaces), in the mode it was in.
+    Loading is strict: every key must be there and fit. ``key`` names the state dict in a file that holds several.
+
+    Raises :class:`NormswapError` for a file that cannot be read without running code, and for a recipe or keys that do
+    not fit the model.
+    """
+    modes = {id(module): module.training for module in model.modules()}
+    training = model.training
+    try:
+        result = load_source(model, Path(path), key=key).model
+    except BaseException:
+        result = model
+        raise
+    finally:
+        for module in result.modules():
+            module.training = modes.get(id(module), training)
+    return result
 
 
 def read_recipes(path: Path, metadata: dict[str, str]) -> list[Recipe]:
@@ -77,48 +113,129 @@ def read_recipes(path: Path, metadata: dict[str, str]) -> list[Recipe]:
         if path.suffix == ".safetensors" or not beside.exists():
             return []
         text, where = beside.read_text(encoding="utf-8"), str(beside)
+    return _recipes(text, where, "; mend it, or pass --no-recipe to leave it aside")
+
+
+def _own_recipes(read: Checkpoint) -> list[Recipe]:
+    """Those that were made for the state dict that was read, where the file nests several."""
+    sources = [(recipe, recipe.get("source")) for recipe in read_recipes(read.path, read.metadata)]
+    return [r for r, source in sources if not isinstance(source, dict) or source.get("key", read.key) == read.key]
+
+
+def recipes_in(path: Path) -> list[Recipe]:
+    """The recipes in a JSON file (one, a list, or a plan with one) or in a converted checkpoint, oldest first.
+
+    Raises :class:`NormswapError` for a file that cannot be read, and one without a recipe.
+    """
+    if path.suffix == ".json" and not path.name.endswith(".index.json"):
+        check_size(path)
+        found = _recipes(path.read_text(encoding="utf-8", errors="replace"), str(path), "")
+    else:
+        read = checkpoint.read(path)
+        found = read_recipes(read.path, read.metadata)
+    if not found:
+        raise NormswapError(f"{path} has no recipe")
+    return found
+
+
+def check_size(path: Path, largest: int = 2**26) -> None:
+    """Raise :class:`NormswapError` for a text that is not there, or too large to be what it should be."""
+    if not path.is_file() or path.stat().st_size > largest:
+        raise NormswapError(f"{path} {'is too large' if path.is_file() else 'does not exist or is not a file'}")
+
+
+def _recipes(text: str, where: str, advice: str) -> list[Recipe]:
     try:
         recipes = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise NormswapError(f"{where} is not JSON ({error}); mend it, or pass --no-recipe to leave it aside") from error
+    except (ValueError, RecursionError) as error:
+        raise NormswapError(f"{where} is not JSON ({error}){advice}") from error
+    if isinstance(recipes, dict):
+        recipes = recipes.get("plan", recipes)
+        recipes = [recipes.get("recipe", recipes)] if isinstance(recipes, dict) else recipes
     if not isinstance(recipes, list) or not all(isinstance(recipe, dict) for recipe in recipes):
-        raise NormswapError(f"{where} is not a list of recipes; mend it, or pass --no-recipe to leave it aside")
+        raise NormswapError(f"{where} is not a list of recipes{advice}")
     return recipes
 
 
-def check_destination(path: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise :class:`NormswapError` now for an output that could not be written after long work."""
-    if path.suffix not in SUFFIXES:
-        raise NormswapError(f"output {path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    check_output(path, force=force, inputs=inputs)
-    if path.suffix != ".safetensors":
-        check_output(recipe_path(path), force=force)
+def save_source(
+    source: Source,
+    model: nn.Module,
+    recipe: Recipe,
+    output: Path,
+    *,
+    force: bool = False,
+    max_shard_size: int | None = None,
+) -> list[Path]:
+    """Write ``model`` and the recipes that lead to it; the paths written. Adds to ``source.notes``.
 
-
-def save_source(source: Source, model: nn.Module, recipe: Recipe, output: Path, *, force: bool = False) -> list[Path]:
-    """Write ``model`` and the recipes that lead to it; the paths written.
-
-    Both files appear or neither: after a failure or an interrupt the recipe beside ``output`` is as it was.
+    The names and all else of the checkpoint stay as they were in it. All files appear or none.
     """
-    inputs = () if source.path is None else (source.path,)
-    recipes = json.dumps([*source.recipes, recipe], indent=1)
-    if output.suffix == ".safetensors":
-        metadata = {**source.metadata, KEY: recipes}
-        checkpoint.write(output, model, force=force, metadata=metadata, inputs=inputs)
-        return [output]
-    beside = recipe_path(output)
-    before = beside.read_bytes() if beside.exists() else None
-    with whole_file(beside, force=force) as file:
-        file.write_text(recipes, encoding="utf-8")
-    try:
-        checkpoint.write(output, model, force=force, inputs=inputs)
-    except BaseException:
-        beside.unlink()
-        if before is not None:
-            with whole_file(beside) as file:
-                file.write_bytes(before)
-        raise
-    return [output, beside]
+    if source.surgery is not None:
+        return _save_keys(source, source.surgery, recipe, output, force, max_shard_size)
+    state: Any = model.state_dict()
+    before, after = dict(source.parameters), {name: tuple(value.shape) for name, value in model.named_parameters()}
+    if source.read is not None:
+        names = names_in_file(source.fit, state) if source.fit is not None else {name: name for name in state}
+        renamed = OrderedDict((names[name], value) for name, value in state.items())
+        old = getattr(state, "_metadata", {})
+        homes = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in names.items()}
+        renamed._metadata = OrderedDict((homes.get(name, name), version) for name, version in old.items())  # type: ignore[attr-defined]
+        state = renamed
+    written, notes = deliver(
+        output, state, [*source.recipes, recipe], source.read,
+        before=before, after=after, force=force, max_shard_size=max_shard_size,
+    )  # fmt: skip
+    source.notes += notes
+    return written
+
+
+def _save_keys(
+    source: Source, surgery: Surgery, recipe: Recipe, output: Path, force: bool, max_shard_size: int | None
+) -> list[Path]:
+    read = surgery.checkpoint
+    before, new = parameters_of(read.tensors), surgery.apply()
+    fixed = [
+        owner for owner, name in surgery.changed.items() if next(surgery.module(name).parameters(False), None) is None
+    ]
+    written, notes = deliver(
+        output, as_in_file(read, new, surgery.versions), [*source.recipes, recipe], read,
+        before=before, after=parameters_of(new, fixed), force=force, max_shard_size=max_shard_size,
+    )  # fmt: skip
+    source.notes += notes
+    return written
+
+
+def load_keys(
+    path: Path,
+    to: str,
+    *,
+    key: str | None = None,
+    trust_pickle: bool = False,
+    replay: bool = True,
+    **options: Any,
+) -> Source:
+    """The checkpoint at ``path`` with the plan of its conversion to the kind ``to``, by its keys alone.
+
+    ``options`` are those of :func:`normswap.checkpoints.surgery.plan_keys`; raises :class:`NormswapError` as it does.
+    """
+    read = checkpoint.read(path, key=key, trust_pickle=trust_pickle)
+    surgery = plan_keys(read, to, **options)
+    recipes = _own_recipes(read) if replay else []
+    return Source(surgery.skeleton.model, path, recipes, dict(read.metadata), read=read, surgery=surgery)
+
+
+def fitted_recipe(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe of a conversion with its names as they are in ``model``, which may be in a wrapper or out of it."""
+    steps = recipe.get("steps")
+    if recipe.get("operation") == "fold" or not isinstance(steps, list):
+        return recipe
+    names = [step.get("name") if isinstance(step, dict) else None for step in steps]
+    texts = [name for name in names if isinstance(name, str)]
+    present = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    renamed = renamed_for(texts, present) if len(texts) == len(names) and texts else None
+    if renamed is None:
+        return recipe
+    return {**recipe, "steps": [{**step, "name": renamed[step["name"]]} for step in steps]}
 
 
 def _count(number: int, noun: str) -> str:

@@ -526,16 +526,16 @@ class TestWrite:
     ) -> None:
         written = []
 
-        def interrupted(state: object, file: Any, **options: Any) -> None:
-            if isinstance(file, Path):
-                file.write_bytes(b"half")
+        def interrupted(first: Any, second: Any, *rest: Any) -> None:
+            if isinstance(first, Path):
+                first.write_bytes(b"half")
             else:
-                file.write(b"half")
+                second.write(b"half")
             written.extend(tmp_path.iterdir())
             raise KeyboardInterrupt
 
         monkeypatch.setattr(torch, "save", interrupted)
-        monkeypatch.setattr("normswap.checkpoint.save_file", interrupted)
+        monkeypatch.setattr("normswap.checkpoints.writing.write_tensors", interrupted)
         (tmp_path / name).write_text("old")
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / name, net, force=True)

@@ -355,7 +355,9 @@ class TestConvert:
         assert "also holds ema" in run("inspect", tmp_path / "both.pt").stderr
         assert "'best'" in run("inspect", tmp_path / "both.pt", "--key", "best", status=2).stderr
         run("convert", tmp_path / "both.pt", "--key", "ema", "--to", "frozen", "-o", out)
-        assert torch.equal(torch.load(out, weights_only=True)["head.weight"], state["head.weight"])
+        written = torch.load(out, weights_only=True)
+        assert torch.equal(written["ema"]["head.weight"], state["head.weight"])
+        assert all(torch.equal(written["model"][name], value) for name, value in zeros.items())
 
 
 BAD_CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
@@ -365,7 +367,7 @@ BAD_CONVERSIONS: dict[str, tuple[list[str], list[str]]] = {
     "option twice": (["--to", "group", "--groups", "4", "--option", "groups=2"], ["groups is given twice"]),
     "option without a value": (["--to", "group", "--option", "groups"], ["'groups'", "name=value"]),
     "no output": (["--to", "group"], ["-o FILE", "--dry-run"]),
-    "output of unknown format": (["--to", "group", "-o", "{tmp}/out.bin"], ["out.bin", ".safetensors"]),
+    "output of unknown format": (["--to", "group", "-o", "{tmp}/out.h5"], ["out.h5", ".safetensors"]),
     "output in no folder": (["--to", "group", "-o", "{tmp}/none/out.pt"], ["none does not exist"]),
     "output exists": (["--to", "group", "-o", "{tmp}/taken.pt"], ["taken.pt", "--force"]),
     "recipe exists": (["--to", "group", "-o", "{tmp}/half.pt"], ["half.pt.normswap.json", "--force"]),
@@ -831,12 +833,12 @@ class TestExportAndVerify:
 def test_failed_write_leaves_nothing_new(
     run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normswap import checkpoint
+    from normswap import delivery
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(delivery, "write", full)
     (tmp_path / "out.pt").write_text("old")
     (tmp_path / "out.pt.normswap.json").write_text("old recipe")
     for name, force in (("out.pt", ["--force"]), ("new.pt", [])):

@@ -1,0 +1,1 @@
+"""What people have on disk: checkpoints read, loaded, and written."""

@@ -1,0 +1,156 @@
+"""A converted state dict, written in the form of the checkpoint it came from, with the recipes that lead to it.
+
+The recipes travel in the metadata of ``.safetensors`` files (``normswap.recipe``, of a folder: in every shard and in
+the index), else in ``NAME.normswap.json`` beside the file. The newest one tells the file it was made of (``source``:
+name and SHA-256, and the key of the state dict where it was nested: the recipe is not that of others in the file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normswap.checkpoints.lazy import LazyTensors, shape_of
+from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.training import Parameters, with_state
+from normswap.checkpoints.words import first
+from normswap.checkpoints.writing import SUFFIXES, check_folder, is_folder, write, write_folder
+from normswap.errors import NormswapError
+from normswap.files import check_output, whole_file
+from normswap.provenance import RECIPE, VERSION
+from normswap.version import __version__
+
+Recipe = dict[str, Any]
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def recipe_path(path: Path) -> Path:
+    return path.with_name(path.name + ".normswap.json")
+
+
+def check_destination(path: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise :class:`NormswapError` now for an output that could not be written after long work."""
+    if is_folder(path):
+        check_folder(path, inputs)
+        return
+    if path.suffix not in SUFFIXES:
+        raise NormswapError(f"output {path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    check_output(path, force=force, inputs=inputs)
+    if path.suffix != ".safetensors":
+        check_output(recipe_path(path), force=force)
+
+
+def parameters_of(tensors: Mapping[str, Any], fixed: Sequence[str] = ()) -> Parameters:
+    """Shapes of what keys alone show as parameters; ``fixed`` are owners whose tensors are all buffers."""
+    found: dict[str, tuple[int, ...]] = {}
+    seen = set()
+    for name, value in getattr(tensors, "places", tensors).items():
+        owner, _, last = name.rpartition(".")
+        if last in BUFFERS or owner in fixed or not isinstance(value, (Tensor, Path)):
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.numel():
+            place = value.data_ptr(), tuple(value.shape)
+            if place in seen:  # tied: an optimizer has it once
+                continue
+            seen.add(place)
+        found[name] = shape_of(tensors, name).shape
+    return found
+
+
+def deliver(
+    output: Path,
+    state: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    read: Checkpoint | None,
+    *,
+    before: Parameters,
+    after: Parameters,
+    force: bool = False,
+    max_shard_size: int | None = None,
+) -> tuple[list[Path], list[str]]:
+    """Write ``state`` and its ``recipes``; the paths written, and notes on what became of the rest of ``read``.
+
+    ``before`` and ``after`` are the parameters, for the state of an optimizer. The files appear all or none: after a
+    failure or an interrupt a recipe beside ``output`` is as it was. Raises :class:`NormswapError` as
+    :func:`normswap.checkpoint.write` does, and for ``max_shard_size`` with a single file.
+    """
+    files = () if read is None else read.files
+    recipes = [*recipes[:-1], _signed(recipes[-1], read)]
+    text = json.dumps(recipes, indent=1)
+    metadata = {} if read is None else {k: v for k, v in read.metadata.items() if k != "format"}
+    metadata |= {RECIPE: text, VERSION: __version__}
+    notes = []
+    if read is not None and read.left_out and (is_folder(output) or output.suffix == ".safetensors"):
+        notes.append(f"not in {output}: {first(read.left_out)}, for .safetensors holds tensors alone; .pt keeps them")
+    if is_folder(output):
+        beside = None if read is None else read.folder
+        tensors = state if isinstance(state, LazyTensors) else {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        paths = write_folder(
+            output, tensors, metadata=metadata, max_shard_size=max_shard_size, inputs=files, beside=beside
+        )
+        return paths, notes
+    if max_shard_size is not None:
+        raise NormswapError(f"{output} is one file: a size of shards needs a folder as output, such as {output.stem}/")
+    if output.suffix == ".safetensors":
+        if read is not None and read.whole is not None:
+            state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        write(output, state, force=force, metadata=metadata, inputs=files)
+        return [output], notes
+    whole = None
+    if read is not None and read.key is not None:
+        whole, notes = with_state(read.whole, read.key, state, before, after)
+    beside = recipe_path(output)
+    old = beside.read_bytes() if beside.exists() else None
+    with whole_file(beside, force=force) as file:
+        file.write_text(text, encoding="utf-8")
+    try:
+        write(output, state, force=force, inputs=files, whole=whole)
+    except BaseException:
+        beside.unlink()
+        if old is not None:
+            with whole_file(beside) as file:
+                file.write_bytes(old)
+        raise
+    return [output, beside], notes
+
+
+def _signed(recipe: Recipe, read: Checkpoint | None) -> Recipe:
+    if read is None:
+        return recipe
+    digest = hashlib.sha256()
+    for path in read.files:
+        with path.open("rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+    key = {} if read.key is None else {"key": read.key}
+    return {**recipe, "source": {"file": read.path.name, "sha256": digest.hexdigest(), **key}}
+
+
+def as_in_file(read: Checkpoint, tensors: Mapping[str, Any], versions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A new state dict for a file of torch's: entries that are no tensors where they were, versions beside it."""
+    if read.whole is None:
+        return tensors
+    old = read.whole
+    for part in _parts(read.whole, read.key):
+        old = old[part]
+    state: Any = OrderedDict(tensors)
+    state.update({name: value for name, value in old.items() if not isinstance(value, Tensor)})
+    if versions:
+        state._metadata = OrderedDict(versions)
+    return state  # type: ignore[no-any-return]
+
+
+def _parts(whole: Any, key: str | None) -> list[str]:
+    """The dotted ``key`` as names, each the longest that is there: a name may have dots itself."""
+    parts, left = [], [] if key is None else key.split(".")
+    while left:
+        size = next((n for n in range(len(left), 0, -1) if ".".join(left[:n]) in whole), len(left))
+        parts.append(".".join(left[:size]))
+        whole, left = whole[parts[-1]], left[size:]
+    return parts
