@@ -7,29 +7,22 @@ Results go to standard output, everything else to standard error. Exit status: 0
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeGuard
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
 from normswap import __version__, engine, registry, report, surgery
 from normswap.arguments import build_model, parse_dynamic, parse_inputs, parse_pairs, parse_texts, parse_value
-from normswap.calibration import Calibration, calibrate
+from normswap.calibration import calibrate
 from normswap.checkpoint import read
 from normswap.checkpoints.difference import differences
 from normswap.checkpoints.writing import parse_size
+from normswap.console import BAD_INPUT, CHECK_FAILED, INTERRUPTED, say, show, working
 from normswap.data import load_batches
 from normswap.delivery import check_destination
 from normswap.errors import NormswapError
@@ -37,21 +30,17 @@ from normswap.files import check_output
 from normswap.onnx import surgery as onnx_files
 from normswap.onnx.export import SUFFIXES as EXPORTS
 from normswap.onnx.export import export as export_model
-from normswap.reporting import check_report, write_report
+from normswap.outcome import Check, carry_out, carry_out_file, check_kinds, compared_with
+from normswap.reporting import check_report
 from normswap.source import Source, fitted_recipe, load_keys, load_source, recipes_in, save_source
 from normswap.spec import Norm
-from normswap.verification import Verification
-from normswap.verification import verify as compare
 from normswap.verification.runners import opened
-from normswap.verifying import PROGRAMS, example_of, parse_tolerance, provable
+from normswap.verifying import PROGRAMS, example_of, parse_tolerance
 
 if TYPE_CHECKING:
-    from normswap.onnx.plan import FilePlan
+    pass
 
 Backend = Literal["onnxruntime", "eager"]
-CHECK_FAILED = 1
-BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
@@ -67,7 +56,7 @@ class Commands(TyperGroup):
         except OSError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _say("interrupted")
+            say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -84,21 +73,9 @@ def main() -> None:
     app(prog_name="normswap")
 
 
-def _say(message: str) -> None:
-    Console(stderr=True, highlight=False).print(Text(message), soft_wrap=True)
-
-
 def _fail(message: str) -> NoReturn:
-    _say(f"normswap: {message}")
+    say(f"normswap: {message}")
     raise typer.Exit(BAD_INPUT) from None
-
-
-@contextlib.contextmanager
-def _working(message: str) -> Iterator[None]:
-    """Show that work goes on, and keep what the model's code prints out of the results."""
-    status = Console(stderr=True).status(message) if sys.stderr.isatty() else contextlib.nullcontext()
-    with status, contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def _version(wanted: bool) -> None:
@@ -210,19 +187,12 @@ def _load(
         raise NormswapError(
             "which model? Pass --model WHERE:CALLABLE; only an .onnx file, or convert of a checkpoint, needs none"
         )
-    with _working("reading the model"):
+    with working("reading the model"):
         built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
         source = load_source(built, path, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     for note in source.notes:
-        _say(note)
+        say(note)
     return source
-
-
-def _show(result: report.Report, record: dict[str, object], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(record, indent=1))
-    else:
-        report.show(result, Console())
 
 
 def _required(inputs: list[str] | None, source: Source, reason: str) -> tuple[Tensor, ...]:
@@ -246,21 +216,6 @@ def _selectors(where: list[str] | None, skip: list[str] | None, kinds: list[str]
     return {"where": where, "skip": unwanted} if where else {"where": wanted, "skip": skip or None}
 
 
-def _check_kinds(plan: engine.Plan, kinds: list[str] | None) -> None:
-    norms = [change.source for change in plan.changes] + [skip.norm for skip in plan.skips if skip.norm is not None]
-    present = sorted({norm.kind for norm in norms})
-    for kind in kinds or ():
-        if kind not in present:
-            raise NormswapError(f"--from {kind}: the model has no such norm; it has: {', '.join(present) or 'none'}")
-
-
-def _nothing_to_do(plan: engine.Plan) -> NormswapError:
-    if not plan.skips:
-        return NormswapError("no normalization found in the model")
-    first, count = plan.skips[0], len(plan.skips)
-    return NormswapError(f"nothing to change: {count} of {count} skipped; {first.name or '(root)'}: {first.reason}")
-
-
 @app.command()
 def inspect(
     model: OptionalModel = None,
@@ -275,14 +230,14 @@ def inspect(
     """List every normalization of a model, or of an .onnx file."""
     if _is_onnx(checkpoint):
         _refuse_with_onnx(**{"--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key})
-        with _working(f"reading {checkpoint}"):
+        with working(f"reading {checkpoint}"):
             found = onnx_files.inspect(checkpoint)
-        _show(report.sites_report(found), {"sites": [report.site_record(site) for site in found]}, as_json)
+        show(report.sites_report(found), {"sites": [report.site_record(site) for site in found]}, as_json)
         return
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
-    with _working("looking for normalizations"):
+    with working("looking for normalizations"):
         sites = engine.find(source.model, parse_inputs(inputs or (), source.model))
-    _show(report.sites_report(sites), {"sites": [report.site_record(site) for site in sites]}, as_json)
+    show(report.sites_report(sites), {"sites": [report.site_record(site) for site in sites]}, as_json)
 
 
 @app.command()
@@ -348,9 +303,9 @@ def convert(
             "--init": init != "copy", "--verify": verify, "--data": data,
         })  # fmt: skip
         selectors = _selectors(where, skip, kind)
-        _carry_out_onnx(
+        carry_out_file(
             lambda: onnx_files.plan_convert(checkpoint, to, **selectors, **options), checkpoint, output, kind,
-            _Check(False, None, report_to), [], dry_run=dry_run, as_json=as_json, force=force,
+            Check(False, None, report_to), [], dry_run=dry_run, as_json=as_json, force=force,
         )  # fmt: skip
         return
     _check_destination(output, checkpoint, dry_run, force, report_to)
@@ -359,19 +314,19 @@ def convert(
         given = {"--model-arg": model_arg, "--input": inputs, "--verify": verify, "--partial": partial, "--data": data}
         _need_model(**given)
         selectors = _selectors(where, skip, kind)
-        with _working("planning"):
+        with working("planning"):
             source = load_keys(
                 checkpoint, to, key=key, trust_pickle=trust_pickle, replay=replay, init=init, **selectors, **options
             )
         assert source.surgery is not None
-        plan, check = source.surgery.plan, _Check(False, None, report_to)
-        _check_kinds(plan, kind)
-        _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
+        plan, check = source.surgery.plan, Check(False, None, report_to)
+        check_kinds(plan, kind)
+        carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
         return
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     batches = None if data is None else load_batches(data, batch_size)
-    with _working("planning"):
+    with working("planning"):
         plan = surgery.plan_convert(
             source.model,
             to,
@@ -381,10 +336,10 @@ def convert(
             **_selectors(where, skip, kind),
             **options,
         )
-    _check_kinds(plan, kind)
+    check_kinds(plan, kind)
     fitted = None if batches is None else partial_of(calibrate, batches=batches, refine=refine)
-    check = _Check(verify, example, report_to)
-    _carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
+    check = Check(verify, example, report_to)
+    carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
 
 
 @app.command()
@@ -429,15 +384,15 @@ def fold(
         })  # fmt: skip
         selectors = _selectors(where, skip, kind)
         wanted = verify or (verify is None and bool(inputs))
-        _carry_out_onnx(
+        carry_out_file(
             lambda: onnx_files.plan_fold(checkpoint, unshare=unshare, **selectors), checkpoint, output, kind,
-            _Check(wanted, None, report_to), inputs or [], dry_run=dry_run, as_json=as_json, force=force,
+            Check(wanted, None, report_to), inputs or [], dry_run=dry_run, as_json=as_json, force=force,
         )  # fmt: skip
         return
     _check_destination(output, checkpoint, dry_run, force, report_to)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
     example = _required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
-    with _working("planning"):
+    with working("planning"):
         plan = engine.plan_fold(
             source.model,
             example_inputs=example,
@@ -447,9 +402,9 @@ def fold(
             merge_branches=merge_branches,
             **_selectors(where, skip, kind),
         )
-    _check_kinds(plan, kind)
-    check = _Check(verify, example, report_to)
-    _carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
+    check_kinds(plan, kind)
+    check = Check(verify, example, report_to)
+    carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force)
 
 
 def _is_onnx(checkpoint: Path | None) -> TypeGuard[Path]:
@@ -463,59 +418,6 @@ def _refuse_with_onnx(**options: object) -> None:
         raise NormswapError(f"{', '.join(given)}: not for an .onnx file, which holds its own graph and weights")
 
 
-def _carry_out_onnx(
-    planned: Callable[[], FilePlan],
-    checkpoint: Path,
-    output: Path | None,
-    kinds: list[str] | None,
-    check: _Check,
-    inputs: list[str],
-    *,
-    dry_run: bool,
-    as_json: bool,
-    force: bool,
-) -> None:
-    """Show the plan of an .onnx file; unless dry, compare where asked, and write the new one."""
-    if not dry_run:
-        if output is None:
-            raise NormswapError("where to? Pass -o FILE.onnx to write the result, or --dry-run to see the plan alone")
-        check_output(output, force=force, inputs=(checkpoint,))
-    if check.report_to is not None:
-        check_report(check.report_to, force=force)
-    with _working("planning"):
-        plan = planned()
-    table, title = plan.table, f"{checkpoint.name}: {plan.table.operation}"
-    _check_kinds(table, kinds)
-    record: dict[str, object] = {"plan": plan.to_dict(), "calibration": None, "verification": None, "written": []}
-    if not as_json:
-        report.show(report.plan_report(table), Console())
-    try:
-        if not plan.changes:
-            raise _nothing_to_do(table)
-        if dry_run or output is None:
-            check.report(None, title, force, table)
-            return
-        verification = _compare_files(plan, output, inputs) if check.verify else None
-        _judge(verification, check, record, title, output, table, as_json=as_json, force=force)
-        with _working(f"writing {output}"):
-            written = plan.apply(output, force=force)
-        record["written"] = [str(path) for path in written]
-        for path in written:
-            _say(f"wrote {path}")
-    finally:
-        if as_json:
-            typer.echo(json.dumps(record, indent=1))
-
-
-def _compare_files(plan: FilePlan, output: Path, texts: list[str]) -> Verification:
-    """Write the result into a folder beside the output, for as long as it takes to run it."""
-    inputs = parse_inputs(texts, nn.Identity()) or plan.example_inputs()
-    with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".normswap-") as folder:
-        candidate = Path(folder) / output.name
-        plan.apply(candidate)
-        return _compare(plan.source, candidate, inputs, backend="onnxruntime")
-
-
 def _check_destination(
     output: Path | None, checkpoint: Path | None, dry_run: bool, force: bool, report_to: Path | None
 ) -> None:
@@ -526,112 +428,6 @@ def _check_destination(
     if output is None:
         raise NormswapError("where to? Pass -o FILE to write the result, or --dry-run to see the plan alone")
     check_destination(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
-
-
-@dataclass(frozen=True)
-class _Check:
-    """What the user wants to be proven, on what, and where the report goes."""
-
-    verify: bool | None
-    example: tuple[Tensor, ...] | None
-    report_to: Path | None
-
-    @property
-    def layers(self) -> bool:
-        """Whether the report shows the inside of runs that are equivalent too."""
-        return self.report_to is not None and self.report_to.suffix == ".html"
-
-    def report(self, verification: Verification | None, title: str, force: bool, plan: engine.Plan | None) -> None:
-        if self.report_to is not None:
-            with _working(f"writing {self.report_to}"):
-                write_report(self.report_to, verification, plan=plan, title=title, force=force)
-            _say(f"wrote {self.report_to}")
-
-
-def _judge(
-    verification: Verification | None,
-    check: _Check,
-    record: dict[str, object],
-    title: str,
-    output: Path,
-    plan: engine.Plan,
-    *,
-    as_json: bool,
-    force: bool,
-) -> None:
-    """Show what a check found, write the report, and end with the exit status of a failure."""
-    if verification is not None:
-        record["verification"] = verification.to_dict()
-        if not as_json:
-            report.show(report.verification_report(verification), Console())
-    check.report(verification, title, force, plan)
-    if verification is not None and not verification:
-        _say(f"the check failed; {output} is not written")
-        raise typer.Exit(CHECK_FAILED)
-
-
-def _carry_out(
-    plan: engine.Plan,
-    source: Source,
-    output: Path | None,
-    check: _Check,
-    fit: Callable[..., Calibration] | None = None,
-    *,
-    dry_run: bool,
-    as_json: bool,
-    force: bool,
-    shard_size: int | None = None,
-) -> None:
-    """Show the plan; unless dry, apply it, calibrate and compare where asked, and write."""
-    record: dict[str, object] = {
-        "plan": json.loads(plan.to_json()),
-        "calibration": None,
-        "verification": None,
-        "written": [],
-    }
-    title = f"{'the model' if source.path is None else source.path.name}: {plan.operation}"
-    if not as_json:
-        report.show(report.plan_report(plan), Console())
-    try:
-        if not plan.changes and not plan.merges:
-            raise _nothing_to_do(plan)
-        if dry_run:
-            check.report(None, title, force, plan)
-            return
-        assert output is not None
-        compared, reason = provable(plan, check.verify, check.example)
-        if reason:
-            _say(reason)
-        with _working("applying"):
-            changed = plan.apply(inplace=not compared and fit is None)
-        if fit is not None:
-            with _working("calibrating"):
-                calibration = fit(changed, source.model)
-            record["calibration"] = calibration.to_dict()
-            if not as_json:
-                Console().print(Text(str(calibration)), soft_wrap=True)
-        verification = None
-        if compared:
-            verification = _compare(source.model, changed, check.example, backend="eager", layers=check.layers)
-        _judge(verification, check, record, title, output, plan, as_json=as_json, force=force)
-        with _working(f"writing {output}"):
-            said = len(source.notes)
-            written = save_source(source, changed, plan.recipe, output, force=force, max_shard_size=shard_size)
-        record["written"] = [str(path) for path in written]
-        for note in source.notes[said:]:
-            _say(note)
-        for path in written:
-            _say(f"wrote {path}")
-    finally:
-        if as_json:
-            typer.echo(json.dumps(record, indent=1))
-
-
-def _compare(
-    reference: nn.Module | Path, candidate: nn.Module | Path, inputs: tuple[Tensor, ...] | None, **options: Any
-) -> Verification:
-    with _working("comparing"):
-        return compare(reference, candidate, inputs, **options)
 
 
 @app.command()
@@ -677,7 +473,7 @@ def verify(
 
     def program(path: Path, model: str | None, key: str | None = None) -> nn.Module | Path:
         if path.suffix in PROGRAMS:
-            with _working(f"reading {path}"):
+            with working(f"reading {path}"):
                 return opened(path)
         if model is None:
             raise NormswapError(f"{path} is a checkpoint: pass --model WHERE:CALLABLE, the model that it belongs to")
@@ -686,10 +482,10 @@ def verify(
     sides = program(reference, model, key), program(candidate, candidate_model or model)
     runtime = backend or ("onnxruntime" if candidate.suffix == ".onnx" else "eager")
     example = example_of(inputs, data, *sides)
-    check = _Check(True, example, report_to)
+    check = Check(True, example, report_to)
     options = {"data": () if data is None else data, "layers": check.layers, **tolerances}
-    verification = _compare(*sides, example, backend=runtime, **options)
-    _show(report.verification_report(verification), verification.to_dict(), as_json)
+    verification = compared_with(*sides, example, backend=runtime, **options)
+    show(report.verification_report(verification), verification.to_dict(), as_json)
     check.report(verification, f"{candidate.name} compared with {reference.name}", force, None)
     if not verification:
         raise typer.Exit(CHECK_FAILED)
@@ -715,16 +511,16 @@ def apply(
     size = None if max_shard_size is None else parse_size(max_shard_size)
     recipes = recipes_in(recipe)
     source = _load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
-    with _working("applying"):
+    with working("applying"):
         changed = source.model
         for each in recipes:
             changed = engine.apply_recipe(changed, fitted_recipe(each, changed), inplace=True)
     source.recipes += recipes[:-1]
-    with _working(f"writing {output}"):
+    with working(f"writing {output}"):
         said = len(source.notes)
         written = save_source(source, changed, recipes[-1], output, force=force, max_shard_size=size)
     for note in [*source.notes[said:], *(f"wrote {path}" for path in written)]:
-        _say(note)
+        say(note)
 
 
 @app.command()
@@ -736,12 +532,12 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Tell which tensors of two checkpoints are not the same; the exit status is 0 either way."""
-    with _working("comparing"):
+    with working("comparing"):
         pair = [read(path, key=key, trust_pickle=trust_pickle) for path in (before, after)]
         found = differences(*pair)
     same = len(pair[0].tensors) - sum(each.what != "added" for each in found)
     record = {"same": same, "differences": [each.to_dict() for each in found]}
-    _show(report.differences_report(found, same), record, as_json)
+    show(report.differences_report(found, same), record, as_json)
 
 
 @app.command()
@@ -786,12 +582,12 @@ def export(
     example = _required(inputs, source, "export")
     exported, recipes = source.model, list(source.recipes)
     if fold:
-        with _working("folding"):
+        with working("folding"):
             plan = engine.plan_fold(exported, example_inputs=example)
             exported = plan.apply(inplace=True)
         if plan.changes:
             recipes.append(plan.recipe)
-    with _working(f"exporting to {output}"):
+    with working(f"exporting to {output}"):
         export_model(
             exported,
             output,
@@ -804,4 +600,4 @@ def export(
             metadata=notes,
             force=force,
         )
-    _say(f"wrote {output}")
+    say(f"wrote {output}")

@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import normswap
-from normswap import cli, registry
+from normswap import outcome, registry
 from normswap.cli import app
 
 NET = """
@@ -539,13 +539,13 @@ class TestFold:
     def test_a_failed_check_writes_nothing(
         self, run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = cli.compare
+        real = outcome.compare
 
         def shifted(reference: nn.Module, candidate: nn.Module, *rest: Any, **options: Any) -> Any:
             candidate.get_parameter("head.bias").data += 0.1
             return real(reference, candidate, *rest, **options)
 
-        monkeypatch.setattr(cli, "compare", shifted)
+        monkeypatch.setattr(outcome, "compare", shifted)
         result = run("fold", folder / "net.pt", "--input", "2x3x6x6", "-o", tmp_path / "folded.pt", status=1)
         assert "is not written" in result.stderr
         assert not list(tmp_path.iterdir())
@@ -623,13 +623,13 @@ class TestProof:
         command: tuple[str, ...],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        real = cli.compare
+        real = outcome.compare
 
         def shifted(reference: nn.Module, candidate: nn.Module, *rest: Any, **options: Any) -> Any:
             candidate.get_parameter("head.bias").data += 0.1
             return real(reference, candidate, *rest, **options)
 
-        monkeypatch.setattr(cli, "compare", shifted)
+        monkeypatch.setattr(outcome, "compare", shifted)
         name, *flags = command
         page = tmp_path / "report.html"
         arguments = (folder / "net.pt", *flags, "--input", "2x3x6x6", "-o", tmp_path / "out.pt", "--report", page)
