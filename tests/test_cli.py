@@ -866,7 +866,8 @@ def test_interrupt_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     started, out = tmp_path / "started", tmp_path / "out.pt"
     words = ["convert", "--model", f"{folder}/cli_net.py:slow", "--model-arg", f"flag={started}", "--to", "group"]
     command = [sys.executable, "-m", "normswap", *words, "-o", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a background shell ignores it)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         while not started.exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
