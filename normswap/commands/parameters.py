@@ -1,0 +1,84 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normswap import registry
+
+
+def kind_name(name: str) -> str:
+    registry.builder(name)
+    return name
+
+
+def options_help() -> str:
+    listed = [f"{kind}: {', '.join(registry.options(kind))}" for kind in registry.kinds() if registry.options(kind)]
+    return f"An option of the kind, repeatable ({'; '.join(listed)})."
+
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="WHERE:CALLABLE", help="package.module:callable or file.py:callable."),
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="WHERE:CALLABLE",
+        help="package.module:callable or file.py:callable; not for an .onnx file, which holds its graph, and not "
+        "needed to convert a checkpoint by its keys.",
+    ),
+]
+To = Annotated[
+    str, typer.Option("--to", metavar="KIND", callback=kind_name, help=f"One of: {', '.join(registry.kinds())}.")
+]
+ModelArgs = Annotated[
+    list[str] | None, typer.Option("--model-arg", metavar="K=V", help="An argument of the callable, repeatable.")
+]
+CheckpointFile = Annotated[
+    Path | None,
+    typer.Argument(help="A checkpoint, or a folder with one; without it, the model's own weights."),
+]
+GraphFile = Annotated[
+    Path | None,
+    typer.Argument(help="A checkpoint, a folder with one, or an .onnx file; without it, the model's own weights."),
+]
+Key = Annotated[
+    str | None, typer.Option("--key", help="Which state dict of the checkpoint, where it holds several, such as ema.")
+]
+Partial = Annotated[bool, typer.Option("--partial", help="Load what fits when keys are missing or left over.")]
+Replay = Annotated[bool, typer.Option("--recipe/--no-recipe", help="Replay the recipe that came with a checkpoint.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", metavar="SHAPE", help="An example input, 1x3x224x224 or 1x16:int64, repeatable."),
+]
+Where = Annotated[list[str] | None, typer.Option("--where", metavar="GLOB", help="Only norms so named, repeatable.")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="Not norms so named, repeatable.")]
+From = Annotated[list[str] | None, typer.Option("--from", metavar="KIND", help="Only norms of this kind, repeatable.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The file to write; for a checkpoint also a folder/.")
+]
+ShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Of an output folder's files, such as 5GB.")
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Let the checkpoint run code, if you trust who wrote it.")
+]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Compare with the original first; on when --input is given and all changes are exact.",
+    ),
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write a report too, as .html or, to paste, .md.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
