@@ -433,10 +433,42 @@ class TestTracing:
 
 
 def test_related() -> None:
-    x = torch.randn(4, 3, 5, 5)
-    scale, shift = torch.randn(3, 1, 1), torch.randn(3, 1, 1)
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    scale, shift = torch.tensor([2.0, -1.0, 0.5]).view(3, 1, 1), torch.tensor([0.0, 1.0, 7.0]).view(3, 1, 1)
     assert related(x, x * scale + shift)
     assert related(x.movedim(1, -1), (x * scale + shift).movedim(1, -1))
     assert not related(x, x.relu())
     assert not related(x, x.transpose(2, 3))
     assert not related(x, x[:2])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_related_on_few_values(batch: int) -> None:
+    x = torch.randn(batch, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert related(x, x * 0.7 + 0.3)
+    assert related(x, x)
+    assert not related(x, x.relu())
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation: inside it, one value of each channel and sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.act, self.expand = nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1)
+        self.project, self.norm = nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+        found: Tensor = self.norm(self.project(x * weight))
+        return found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_lost_activation_on_few_values_is_named(batch: int) -> None:
+    torch.manual_seed(0)
+    reference = randomise(Excited()).eval()
+    candidate = normswap.fold(reference)
+    candidate.act = nn.Identity().eval()
+    found = verify(reference, candidate, (torch.randn(batch, 6, 4, 4),), backend="eager")
+    assert [location.name for location in found.locations] == ["act"]
