@@ -472,3 +472,26 @@ def test_a_lost_activation_on_few_values_is_named(batch: int) -> None:
     candidate.act = nn.Identity().eval()
     found = verify(reference, candidate, (torch.randn(batch, 6, 4, 4),), backend="eager")
     assert [location.name for location in found.locations] == ["act"]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+        self.side = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.act(self.norm(self.conv(x)) + self.side(x))
+        return found
+
+
+def test_a_lost_activation_behind_a_sum_is_named_in_a_file(tmp_path: Path) -> None:
+    """The sum has the inputs of the code of its module, not those of the module."""
+    torch.manual_seed(0)
+    reference = randomise(nn.Sequential(Residual(), Residual(), Residual())).eval()
+    candidate = normswap.fold(reference)
+    candidate[1].act = nn.Identity().eval()
+    x = torch.randn(2, 6, 8, 8)
+    path = normswap.export(candidate, tmp_path / "candidate.onnx", (x,), optimize=False)
+    found = verify(reference, path, (x,))
+    assert {location.name for location in found.locations} == {"1.act"}

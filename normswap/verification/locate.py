@@ -194,10 +194,10 @@ def related(got: Tensor, own: Tensor) -> bool:
 
 def _related(got: Tensor, own: Tensor, axis: int) -> bool:
     x, y = (value.movedim(axis, 0).flatten(1) for value in (got, own))
-    if x.shape[1] <= 2:  # Any two values lie on a line. A norm changes all channels, an activation leaves some alone.
-        same = ((x - y).abs() <= 1e-6 * y.abs().max()).all(1) & (y != 0).any(1)
-        if same.any() and not same.all():
-            return False
+    # On few or nearly equal values all is a line. A norm changes all channels, an activation leaves some alone.
+    same = ((x - y).abs() <= 1e-6 * y.abs().max()).all(1) & (y != 0).any(1)
+    if same.any() and not same.all():
+        return False
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     slope = (x * y).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp_min(1e-300)
     left, whole = float((y - slope * x).square().sum()), float(y.square().sum())
@@ -245,6 +245,14 @@ class Search:
 
     def _same_outputs(self, entry: Entry) -> list[Truth | None]:
         return [self.values.by_place.get((entry.name, entry.call, n)) for n in range(len(entry.outputs))]
+
+    def _same_input(self, entry: Entry, number: int) -> Truth | None:
+        """The reference's value of an input; of an operator that of its module, unless it works on what that made."""
+        inside = f"{entry.name}."
+        made = entry.operator and any(self.found.entries[each].name.startswith(inside) for each in entry.sources)
+        if made or not entry.placed:
+            return None
+        return self.values.inputs.get((entry.name, entry.call, number))
 
     def settled(self, index: int) -> bool:
         """Whether the outputs of a call are the reference's of the same place, or everything that reads them is."""
@@ -311,7 +319,7 @@ class Search:
 
     def _right_inputs(self, entry: Entry) -> bool:
         for number, value in enumerate(entry.inputs):
-            same = self.values.inputs.get((entry.name, entry.call, number)) if entry.placed else None
+            same = self._same_input(entry, number)
             match = self.values.match(value, same)
             if not match.right:
                 return False
@@ -326,7 +334,7 @@ class Search:
         entry = self.found.entries[index]
         kinds = {each.name: each.kind for each in self.found.entries} | self.values.kinds
         for number, value in enumerate(entry.inputs):
-            same = self.values.inputs.get((entry.name, entry.call, number)) if entry.placed else None
+            same = self._same_input(entry, number)
             match = self.values.match(value, same)
             maker = self.values.maker(same) if same is not None and match.right and match.moved else None
             if maker is not None and maker != match.like:
