@@ -102,7 +102,7 @@ class Norm:
     upcast: bool = False
     """The norm computes in float32 whatever the dtype of its input."""
     process_group: Any = None
-    """Whose batches a ``sync`` norm pools; ``None`` for all processes."""
+    """Whose batches are pooled where ``processes`` are; ``None`` for all processes."""
 
     @property
     def channels_per_group(self) -> int:
@@ -139,6 +139,8 @@ class Norm:
         if self.pools == POSITION and self.channel_axis == 1:
             parts.append("over=channels")
         parts.append("eps=None" if self.eps is None else f"eps={self.eps:g}")
+        if "processes" in self.pools and self.kind != "sync":
+            parts.append("synchronised")
         if self.weight is None:
             parts.append("no affine")
         parts.extend(type(module).__name__ for module in self.then if not isinstance(module, nn.Identity))

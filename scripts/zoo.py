@@ -55,6 +55,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
 import normswap  # noqa: E402
 from normswap.norms.switchable import SwitchableNorm  # noqa: E402
+from normswap.norms.sync import SyncBatchNorm  # noqa: E402
 from tests.zoo.models import MODELS, Entry, Inputs, is_norm, randomise  # noqa: E402
 from tests.zoo.watch import Call, Run, relative_error, watch  # noqa: E402
 
@@ -209,7 +210,7 @@ REPLACED: dict[str, Callable[[nn.Module], bool]] = {
     "layer": lambda module: False,
     "switchable": lambda module: isinstance(module, SwitchableNorm),
     "frozen": lambda module: not isinstance(module, _BatchNorm) and not module._parameters,
-    "sync": lambda module: isinstance(module, nn.SyncBatchNorm),
+    "sync": lambda module: isinstance(module, (nn.SyncBatchNorm, SyncBatchNorm)),
 }
 """Which modules with running statistics may run after a conversion."""
 

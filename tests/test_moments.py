@@ -281,13 +281,3 @@ class TestMoments:
         mean, var = moments.over_channels(2)
         assert distance(mean, grouped.mean((2, 3, 4))) < 1e-12
         assert distance(var, grouped.var((2, 3, 4), correction=0)) < 1e-12
-
-    def test_pooling_over_processes(self) -> None:
-        x = sample(5, 6, 4, 5) + 1e4
-        parts = [Moments(part.mean((2, 3)), part.var((2, 3), correction=0), 20) for part in x.split((2, 3))]
-        other = {7: torch.cat([parts[1].mean.sum(0), torch.tensor([3.0])]), 6: None}
-        mean = x.mean((0, 2, 3))
-        other[6] = (parts[1].var + (parts[1].mean - mean).square()).sum(0)
-        mean, var = parts[0].over_batch(lambda tensor: tensor + other[len(tensor)])
-        assert distance(mean, x.mean((0, 2, 3))) < 1e-12
-        assert distance(var, x.var((0, 2, 3), correction=0)) < 1e-10

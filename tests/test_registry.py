@@ -98,7 +98,7 @@ def test_an_unknown_kind_lists_the_kinds() -> None:
 
 def test_options_of_a_kind() -> None:
     assert list(registry.options("group")) == ["groups", "channels_per_group"]
-    assert list(registry.options("switchable")) == ["gate_gap", "batch"]
+    assert list(registry.options("switchable")) == ["gate_gap", "batch", "synchronised", "process_group"]
     assert not registry.options("batch")
     with pytest.raises(
         NormswapError, match="kind 'group' has no option 'over'; its options: groups, channels_per_group"

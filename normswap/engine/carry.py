@@ -24,6 +24,7 @@ _HOOKS = (
 )  # fmt: skip
 _TENSOR_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
 _INTERNAL = frozenset(vars(nn.Module()))
+_OWN = frozenset({"followers", "lifted_norms", "synchronised", "process_group"})
 
 
 def fresh(norm: Norm) -> Norm:
@@ -145,7 +146,7 @@ def _attributes(source: nn.Module, built: nn.Module) -> None:
     constants = {name for cls in classes for name in getattr(cls, "__constants__", ())}
     private = {name for cls in classes if "__init__" in vars(cls) for name in _names_in(vars(cls)["__init__"])}
     for name, value in vars(source).items():
-        known = name in _INTERNAL or name in constants or name in _TENSOR_NAMES or name in ("followers", "lifted_norms")
+        known = name in _INTERNAL or name in constants or name in _TENSOR_NAMES or name in _OWN
         known = known or (name.startswith("_") and name in private)
         if not known and not hasattr(built, name) and name != "forward":
             setattr(built, name, value)

@@ -206,6 +206,8 @@ def _notes(site: Site, norm: Norm, target: Norm, init: Init, fewest: int | None)
         notes.append("its forward is generated from a trace: Python branches and optional arguments are fixed")
     if site.shapes == ():
         notes.append("did not run on example_inputs")
+    if target.process_group is not None:
+        notes.append("a recipe cannot hold its process group: replayed, it pools over all processes")
     return tuple(notes)
 
 

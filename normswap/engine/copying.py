@@ -2,7 +2,7 @@
 
 ``copy.deepcopy`` spends most of its time on the dozen hook tables that every module has, nearly always empty. Modules
 that do not define how they are copied are copied here attribute by attribute; everything else goes through
-``copy.deepcopy``, with one memo."""
+``copy.deepcopy``, with one memo. A process group, which cannot be copied, is shared."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from normswap.errors import NormswapError
 from normswap.fold.bake import hooked_names
@@ -65,6 +66,8 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
         for key, item in value.items():
             table[_copy(key, memo)] = _copy(item, memo)
         return table
+    if dist.is_available() and isinstance(value, dist.ProcessGroup):
+        return value
     return copy.deepcopy(value, memo)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from normswap.errors import Refusal
 from normswap.norms.adopt import like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
-from normswap.norms.tracked import TrackedNorm, assemble, fields
+from normswap.norms.tracked import TrackedNorm, assemble, fields, pooled, together
 from normswap.registry import builds, reads
-from normswap.spec import BATCH, SPACE, Norm, scale_shift
+from normswap.spec import SPACE, Norm, scale_shift
 
 
 class _Share(torch.autograd.Function):
@@ -77,9 +77,27 @@ class BatchInstanceNorm(TrackedNorm):
     """Batch-instance normalization of ``(N, C, *S)``, any rank of at least 2.
 
     Arguments and state as of ``nn.BatchNorm2d``, and a parameter ``share`` of shape ``(num_features,)``, the part of
-    the batch, 1 at first. On ``(N, C)`` an instance is a single value, and it is batch normalization."""
+    the batch, 1 at first. On ``(N, C)`` an instance is a single value, and it is batch normalization. With
+    ``synchronised=True`` the batch is that of all processes of ``process_group``."""
 
     share: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        synchronised: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.synchronise(synchronised, process_group)
 
     def _more_parameters(self, where: dict[str, Any]) -> None:
         self.share = nn.Parameter(torch.ones(self.num_features, **where))
@@ -88,7 +106,7 @@ class BatchInstanceNorm(TrackedNorm):
         self.check(x)
         function = partial(shared, eps=self.eps, instance=x.dim() > 2)
         share: Tensor = _Share.apply(self.share)  # type: ignore[no-untyped-call]
-        out, seen = normalize(x, function, share, self.weight, self.bias, *self.running)
+        out, seen = normalize(x, function, share, self.weight, self.bias, *self.running, across=self.across())
         if seen:
             self.track(*seen)
         return out
@@ -117,13 +135,19 @@ CLASSES = (BatchInstanceNorm, BatchInstanceNorm1d, BatchInstanceNorm2d, BatchIns
 
 @reads(*CLASSES)
 def read(module: BatchInstanceNorm) -> Norm:
-    return Norm("batch_instance", pools=BATCH, share=module.share, **fields(module))
+    return Norm("batch_instance", pools=pooled(module), share=module.share, **fields(module))
 
 
 @builds("batch_instance")
-def build(norm: Norm, *, init: Literal["copy", "preserve", "reset"] = "copy") -> BatchInstanceNorm:
+def build(
+    norm: Norm,
+    *,
+    synchronised: bool | None = None,
+    process_group: Any = None,
+    init: Literal["copy", "preserve", "reset"] = "copy",
+) -> BatchInstanceNorm:
     """``init="preserve"``: of an instance norm the share is 0, of one with running statistics 1."""
-    module = assemble(norm, "batch_instance", CLASSES)
+    module = assemble(norm, "batch_instance", CLASSES, **together(norm, synchronised, process_group))
     share = torch.ones(norm.channels, **like(norm))
     if init == "preserve" and scale_shift(norm) is None:
         instance = norm.pools == SPACE or ("channel" in norm.pools and norm.groups == norm.channels)

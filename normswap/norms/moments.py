@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normswap.norms.passes import Passes, fine, passes, wide
+from normswap.norms.processes import Across
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,18 @@ class Moments:
     var: Tensor
     count: int
     """Values behind each of them: the product of the spatial sizes."""
+    across: Across | None = None
+    """The processes whose batches belong to this one."""
 
-    def over_batch(self, total: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Moments over batch and space, each ``(C,)``. ``total``, a differentiable sum of a tensor over processes,
-        pools over their batches too, whose sizes may differ."""
-        if total is None:
+    def over_batch(self) -> tuple[Tensor, Tensor]:
+        """Moments over batch and space, and over the processes of ``across``, each ``(C,)``."""
+        if self.across is None:
             mean = self.mean.mean(0)
             return mean, (self.var + (self.mean - mean).square()).mean(0)
-        sums = total(torch.cat([self.mean.sum(0), self.mean.new_tensor([float(len(self.mean))])]))
-        mean = sums[:-1] / sums[-1]
-        return mean, total((self.var + (self.mean - mean).square()).sum(0)) / sums[-1]
+        samples = max(len(self.mean), 1)  # Of none, sums are zero where means are not a number.
+        mean = self.mean.sum(0) / samples
+        var = (self.var + (self.mean - mean).square()).sum(0) / samples
+        return self.across(mean, var, len(self.mean) * self.count)
 
     def over_channels(self, groups: int = 1) -> tuple[Tensor, Tensor]:
         """Moments over the channels of each group and space, each ``(N, groups)``."""
@@ -92,13 +96,26 @@ Function = Callable[..., Coefficients]
 """``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
 
 
-def normalize(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def normalize(
+    x: Tensor, function: Function, *tensors: Tensor | None, across: Across | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``(y, seen)`` with ``y = a x + b`` in the shape, dtype and memory format of ``x``.
 
     ``x`` has shape ``(N, C, *S)``, any floating dtype; ``(a, b, seen) = function(moments, *tensors)``. Gradients flow
-    to ``x`` and to ``tensors``, not to ``seen``. An empty ``x`` has no moments: ``seen`` is empty too."""
-    if x.numel() == 0:
-        return _empty(x, tensors), ()
+    to ``x`` and to ``tensors``, not to ``seen``. An empty ``x`` has no moments: ``seen`` is empty too. With ``across``
+    the moments of the batch are those of all its processes, of which one whose ``x`` is empty takes part."""
+    if across is not None:
+        out, seen = _normalize(x, partial(_pooled, function, across), *tensors)
+        return out, seen if x.numel() or across.found() else ()
+    return (_empty(x, tensors), ()) if x.numel() == 0 else _normalize(x, function, *tensors)
+
+
+def _pooled(function: Function, across: Across, moments: Moments, *tensors: Tensor | None) -> Coefficients:
+    return function(Moments(moments.mean, moments.var, moments.count, across), *tensors)
+
+
+def _normalize(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`normalize` with the function as it is."""
     if _plainly(x, tensors):
         return plain(x, function, *tensors)
     if not torch.is_grad_enabled():
@@ -127,15 +144,17 @@ def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tenso
     """:func:`normalize` in operations that torch differentiates, compiles and exports by itself."""
     small = fine(x.device)
     flat = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)).to(wide(x.dtype))  # (N, C, L)
-    shift = flat.detach().mean(2, keepdim=True)
-    centred = flat - shift
+    values = flat if flat.shape[2] else torch.nn.functional.pad(flat, (0, 1))  # Means of none are not a number.
+    shift = values.detach().mean(2, keepdim=True)
+    centred = values - shift
     rest, square = centred.mean(2).to(small), centred.square().mean(2).to(small)
     base = shift.squeeze(2).to(small)
     moments = Moments(base + rest, (square - rest.square()).clamp(min=0), flat.shape[2])
     scale, offset, seen = function(moments, *tensors)
     offset = offset + scale * base
     scale, offset = (each.expand_as(base).to(flat.dtype).unsqueeze(2) for each in (scale, offset))
-    return (centred * scale + offset).to(x.dtype).reshape(x.shape), tuple(each.detach() for each in seen)
+    out = (centred[..., : flat.shape[2]] * scale + offset).to(x.dtype).reshape(x.shape)
+    return out, tuple(each.detach() for each in seen)
 
 
 @dataclass(frozen=True)
@@ -193,8 +212,8 @@ class _Normalize(torch.autograd.Function):
             found = {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
         dx = None
         if ctx.needs_input_grad[0]:
-            slope = found.get(id(var), torch.zeros_like(var)) * (2 / over.count)
-            level = found.get(id(mean), torch.zeros_like(mean)) / over.count - slope * mean.detach()
+            slope = found.get(id(var), torch.zeros_like(var)) * (2 / max(over.count, 1))
+            level = found.get(id(mean), torch.zeros_like(mean)) / max(over.count, 1) - slope * mean.detach()
             dx = over.combine(dense, grad, small.scale.detach(), slope, level)
         return dx, None, *(None if t is None else found.get(id(t)) for t in small.leaves)
 

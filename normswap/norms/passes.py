@@ -4,11 +4,14 @@ For a dense ``x`` of shape ``(N, C, *S)``: its moments, ``a x + b``, the sums ``
 and ``a g + p x + q``, with ``(N, C)`` factors in float64. :class:`Passes` shifts ``x`` by its mean first, so that
 nothing is lost to cancellation, and goes through it in blocks that stay in a CPU's cache. :class:`NativePasses` borrows
 torch's kernels of group and batch normalization, which read ``x`` once and do not shift: for data whose means are not
-large against their spread."""
+large against their spread. :class:`KernelPasses` are for GPUs."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -225,8 +228,81 @@ class NativePasses(Passes):
         return out
 
 
+class KernelPasses(Passes):
+    """The same by the Triton kernels of :mod:`normswap.norms.kernels`, each reading every large tensor once."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        from normswap.norms import kernels
+
+        self.kernels = kernels
+        self.layout = kernels.Layout.of(self.samples, self.channels, self.count, self.last)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.mean, var = self.kernels.moments(self.layout, x)
+        return self.small(self.mean), self.small(var)
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.kernels.affine(self.layout, x, self.mean, scale, shift)
+
+    def sums(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        total, product = self.kernels.sums(self.layout, x, grad, self.mean)
+        return self.small(total), self.small(product)
+
+    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+        return self.kernels.combine(self.layout, x, grad, self.mean, scale, slope, level)
+
+
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels run on ``x``: on a GPU that Triton serves, or anywhere under its interpreter."""
+    if x.dim() < 3 or x.dtype not in KERNEL_DTYPES:
+        return False
+    return (os.environ.get("TRITON_INTERPRET") == "1" or _serves(x.device)) and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _serves(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+class EmptyPasses(Passes):
+    """Of a tensor without values: sums of zero, and moments of 0 and 1 that stand for none."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.samples, self.channels, self.count = *x.shape[:2], 0
+
+    def dense(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.new_zeros((self.samples, self.channels), dtype=fine(x.device))
+        return mean, torch.ones_like(mean)
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def sums(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros((self.samples, self.channels), dtype=fine(x.device))
+        return total, total
+
+    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+        return torch.empty_like(grad)
+
+
 def passes(x: Tensor) -> Passes:
     """The passes for ``x``, which must be dense: ``x = passes(x).dense(x)``."""
+    if x.numel() == 0:
+        return EmptyPasses(x)
+    if has_kernels(x):
+        return KernelPasses(x)
     native = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.dim() > 2
     chosen = NativePasses(x) if native else Passes(x)
     if native and (chosen.count == 1 or (chosen.last and x[0].numel() < SAMPLE)):

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from normswap.errors import NormswapError
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
-from normswap.norms.tracked import BatchTrained, assemble, fields
+from normswap.norms.tracked import BatchTrained, assemble, fields, pooled, together
 from normswap.registry import builds, reads
-from normswap.spec import BATCH, Norm
+from normswap.spec import Norm
 
 
 @torch.library.custom_op("normswap::snapshot", mutates_args=())
@@ -72,7 +72,8 @@ class BatchRenorm(BatchTrained):
     """Batch renormalization of ``(N, C, *S)``, any rank of at least 2.
 
     Arguments and state as of ``nn.BatchNorm2d``. ``r_max`` grows from 1 between the batches ``start`` and ``r_end``,
-    ``d_max`` from 0 between ``start`` and ``d_end``; the defaults, and a momentum of 0.01, are the paper's. Raises
+    ``d_max`` from 0 between ``start`` and ``d_end``; the defaults, and a momentum of 0.01, are the paper's. With
+    ``synchronised=True`` the batch is that of all processes of ``process_group``. Raises
     :class:`NormswapError` for limits that clip everything away or a schedule that runs backwards."""
 
     averages = "deviation"
@@ -93,8 +94,11 @@ class BatchRenorm(BatchTrained):
         start: int = 5000,
         r_end: int = 40000,
         d_end: int = 25000,
+        synchronised: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.synchronise(synchronised, process_group)
         if not (r_max >= 1 and d_max >= 0):
             raise NormswapError(f"r_max={r_max!r}, d_max={d_max!r}: they must be at least 1 and 0")
         if not 0 <= start <= min(r_end, d_end):
@@ -116,7 +120,8 @@ class BatchRenorm(BatchTrained):
         given: tuple[Tensor | None, ...] = (None,) * 4
         if self.training and self.running_mean is not None and self.running_var is not None:
             given = (_now(self.running_mean), _now(self.running_var), *self.limits())
-        out, seen = normalize(x, partial(renormalized, eps=self.eps), self.weight, self.bias, *given)
+        function = partial(renormalized, eps=self.eps)
+        out, seen = normalize(x, function, self.weight, self.bias, *given, across=self.across())
         if seen:
             self.track(*seen)
         return out
@@ -150,7 +155,7 @@ CLASSES = (BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
 @reads(*CLASSES)
 def read(module: BatchRenorm) -> Norm:
     limits = module.limits() if module.running_mean is not None else None
-    return Norm("renorm", pools=BATCH, limits=limits, **fields(module))
+    return Norm("renorm", pools=pooled(module), limits=limits, **fields(module))
 
 
 @builds("renorm")
@@ -162,6 +167,8 @@ def build(
     start: int = 5000,
     r_end: int = 40000,
     d_end: int = 25000,
+    synchronised: bool | None = None,
+    process_group: Any = None,
 ) -> BatchRenorm:
     options: dict[str, Any] = {"r_max": r_max, "d_max": d_max, "start": start, "r_end": r_end, "d_end": d_end}
-    return assemble(norm, "renorm", CLASSES, **options)
+    return assemble(norm, "renorm", CLASSES, **options, **together(norm, synchronised, process_group))

@@ -7,7 +7,7 @@ With softmax weights :math:`\lambda` for means and :math:`\lambda'` for variance
 
 All variances are biased; layer and batch moments follow from those of the instances. In eval mode the batch moments
 are moving averages (:func:`normswap.norms.tracked.batch_average` makes them the mean over batches). Without its batch
-part, for batches of one, the mixture is of instance and layer.
+part, for batches of one, the mixture is of instance and layer. Synchronised, the batch is that of all processes.
 
 **Preserve.** To compute what a BatchNorm computed, its source's gate is set ``gate_gap`` above the others, which leaves
 :math:`2 e^{-g}` of weight outside. A gate that is fully shut has no gradient: the gradient of the other gates shrinks
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
-from normswap.norms.tracked import TrackedNorm, assemble, check_flag, fields
+from normswap.norms.tracked import TrackedNorm, assemble, check_flag, fields, pooled, together
 from normswap.registry import builds, reads
 from normswap.spec import MAP, SPACE, Norm, scale_shift
 
@@ -74,7 +74,8 @@ class SwitchableNorm(TrackedNorm):
     Arguments as of ``nn.BatchNorm2d``. Parameters ``weight``, ``bias`` of shape ``(num_features,)`` and the logits
     ``mean_gate``, ``var_gate`` of shape ``(3,)`` in the order instance, layer, batch; buffers as in
     ``nn.BatchNorm2d``. With ``batch=False`` there is no batch part: the logits are two, and nothing is tracked. On
-    ``(N, C)`` an instance is a single value, so the mixture is of the others alone."""
+    ``(N, C)`` an instance is a single value, so the mixture is of the others alone. With ``synchronised=True`` the
+    batch moments are those of all processes of ``process_group``."""
 
     mean_gate: Tensor
     var_gate: Tensor
@@ -91,9 +92,14 @@ class SwitchableNorm(TrackedNorm):
         *,
         bias: bool = True,
         batch: bool = True,
+        synchronised: bool = False,
+        process_group: Any = None,
     ) -> None:
         self._sources = 3 if batch else 2
         super().__init__(num_features, eps, momentum, affine, track_running_stats and batch, device, dtype, bias=bias)
+        if synchronised and not batch:
+            raise NormswapError("synchronised=True with batch=False: without its batch part nothing is pooled")
+        self.synchronise(synchronised, process_group)
 
     def _more_parameters(self, where: dict[str, Any]) -> None:
         self.mean_gate = nn.Parameter(torch.zeros(self._sources, **where))
@@ -102,7 +108,8 @@ class SwitchableNorm(TrackedNorm):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         function = partial(mixture, eps=self.eps, instance=x.dim() > 2)
-        out, seen = normalize(x, function, self.mean_gate, self.var_gate, self.weight, self.bias, *self.running)
+        tensors = (self.mean_gate, self.var_gate, self.weight, self.bias, *self.running)
+        out, seen = normalize(x, function, *tensors, across=self.across())
         if seen:
             self.track(*seen)
         return out
@@ -135,7 +142,7 @@ CLASSES = (SwitchableNorm, SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d)
 @reads(*CLASSES)
 def read(module: SwitchableNorm) -> Norm:
     pools = frozenset({"channel", "space"} | ({"batch"} if len(module.mean_gate) == 3 else set()))
-    return Norm("switchable", pools=pools, gates=(module.mean_gate, module.var_gate), **fields(module))
+    return Norm("switchable", pools=pooled(module, pools), gates=(module.mean_gate, module.var_gate), **fields(module))
 
 
 def _source(norm: Norm, batch: bool) -> int:
@@ -156,12 +163,15 @@ def build(
     *,
     gate_gap: float = GATE_GAP,
     batch: bool = True,
+    synchronised: bool | None = None,
+    process_group: Any = None,
     init: Literal["copy", "preserve", "reset"] = "copy",
 ) -> nn.Module:
     if not isinstance(gate_gap, (int, float)) or not gate_gap >= 0:
         raise NormswapError(f"gate_gap={gate_gap!r}: it must be a number of at least 0")
     check_flag("batch", batch)
-    module = assemble(norm, "switchable", CLASSES, tracked=batch, batch=batch)
+    shared = together(norm, synchronised, process_group) if batch or synchronised else {}
+    module = assemble(norm, "switchable", CLASSES, tracked=batch, batch=batch, **shared)
     gates = torch.zeros(2, 3 if batch else 2, **like(norm))
     if init == "preserve":
         gates[:, _source(norm, batch)] = gate_gap

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from normswap.errors import NormswapError
 from normswap.norms.adopt import adopt_affine, adopt_statistics, channels_first, dimensions
 from normswap.norms.batch import eps_of
-from normswap.spec import Norm
+from normswap.norms.processes import Across, check_group, several
+from normswap.spec import BATCH, Norm
 
 
 def check_flag(name: str, value: object) -> None:
@@ -34,6 +35,12 @@ def check_input(x: Tensor, channels: int, dims: frozenset[int] | None, least: in
         raise ValueError(f"expected {channels} channels on axis 1 (got {x.shape[1]})")
 
 
+def next_share(counter: Tensor, momentum: float | None, like: Tensor) -> Tensor:
+    """Count one more batch; its weight in the running statistics, in the dtype of ``like``."""
+    counter.add_(1)
+    return 1.0 / counter.to(like.dtype) if momentum is None else like.new_full((), momentum)
+
+
 class TrackedNorm(nn.Module):
     """A normalization of ``(N, C, *S)`` with a per-channel affine and running statistics of the batch.
 
@@ -46,6 +53,9 @@ class TrackedNorm(nn.Module):
     averages: ClassVar[Literal["variance", "deviation"]] = "variance"
     """What the running average is of: the biased variance, or its root with eps inside."""
     statistics: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    synchronised: bool = False
+    """Whether train mode takes the batches of all processes of ``process_group`` (``None``: of all) as one."""
+    process_group: Any = None
 
     weight: Tensor | None
     bias: Tensor | None
@@ -84,6 +94,20 @@ class TrackedNorm(nn.Module):
     def _more_parameters(self, where: dict[str, Any]) -> None:
         """Register a layer's own parameters, between the affine and the statistics."""
 
+    def synchronise(self, synchronised: bool, process_group: Any) -> None:
+        """Take the options of the layers that can pool the batches of several processes."""
+        check_flag("synchronised", synchronised)
+        check_group(process_group)
+        if process_group is not None and not synchronised:
+            raise NormswapError(f"process_group={process_group!r} without synchronised=True: only then it is used")
+        self.synchronised, self.process_group = synchronised, process_group
+
+    def across(self) -> Across | None:
+        """The processes that this one's batch belongs to, where there are others."""
+        if self.training and self.synchronised and several(self.process_group):
+            return Across(self.process_group)
+        return None
+
     def check(self, x: Tensor) -> None:
         """Raise ``ValueError`` for an input that the layer is not for."""
         check_input(x, self.num_features, self.dims)
@@ -99,9 +123,7 @@ class TrackedNorm(nn.Module):
         if not (self.training and self.track_running_stats) or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        share = 1.0 / self.num_batches_tracked.to(mean.dtype) if momentum is None else mean.new_tensor(momentum)
+        share = next_share(self.num_batches_tracked, self.momentum, mean)
         self.running_mean.copy_(torch.lerp(self.running_mean.to(mean.dtype), mean, share))
         old = self.running_var.to(var.dtype)
         if self.averages == "variance":
@@ -113,7 +135,7 @@ class TrackedNorm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
+            f"track_running_stats={self.track_running_stats}{', synchronised=True' * self.synchronised}"
         )
 
 
@@ -146,7 +168,22 @@ def fields(module: TrackedNorm) -> dict[str, Any]:
         "running_mean": module.running_mean,
         "running_var": module.running_var,
         "num_batches_tracked": module.num_batches_tracked,
+        "process_group": module.process_group,
     }
+
+
+def pooled(module: TrackedNorm, pools: frozenset[str] = BATCH) -> frozenset[str]:
+    """``pools``, with the processes where the layer is synchronised."""
+    return pools | {"processes"} if module.synchronised else pools
+
+
+def together(norm: Norm, synchronised: bool | None, process_group: Any) -> dict[str, Any]:
+    """The options of :meth:`TrackedNorm.synchronise` for a layer in the place of ``norm``: as that is, unless given."""
+    if synchronised is None:
+        synchronised = "processes" in norm.pools
+    if synchronised and process_group is None:
+        process_group = norm.process_group
+    return {"synchronised": synchronised, "process_group": process_group}
 
 
 def assemble(norm: Norm, kind: str, classes: tuple[type[_T], ...], *, tracked: bool = True, **options: Any) -> _T:
