@@ -4,6 +4,9 @@ A reader is registered under the dotted path of a class (``cls.__module__ + "." 
 for a part of it), so that a library is never imported to be known. Dispatch goes to the nearest class in the MRO, and a
 subclass with a ``forward`` of its own is *not* taken for its parent. Other packages register by an entry point in the
 group ``normswap.norms`` that names a module to import.
+
+A kind that is no norm but a change of the layers around the norms (weight norm, SELU) has a planner in place of a
+builder: (model, selection, options) -> ``Plan``.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from normswap.spec import Norm
 
 Reader = Callable[[Any], Norm]
 Builder = Callable[..., nn.Module]
+Planner = Callable[..., Any]
 _R = TypeVar("_R", bound=Reader)
 _B = TypeVar("_B", bound=Builder)
+_P = TypeVar("_P", bound=Planner)
 
 _readers: dict[str, Reader] = {}
 _patterns: dict[str, Reader] = {}
 _builders: dict[str, Builder] = {}
+_planners: dict[str, Planner] = {}
 
 
 def dotted(cls: type) -> str:
@@ -63,13 +69,34 @@ def builds(kind: str) -> Callable[[_B], _B]:
     """
 
     def register(builder: _B) -> _B:
-        if kind in _builders:
-            taken = _builders[kind]
-            raise NormswapError(f"kind {kind!r} already has a builder: {taken.__module__}.{taken.__qualname__}")
+        _check_free(kind)
         _builders[kind] = builder
         return builder
 
     return register
+
+
+def plans(kind: str) -> Callable[[_P], _P]:
+    """Register the planner of ``kind``, which plans for a whole model what :func:`normswap.plan_convert` is asked for.
+
+    It is called with the model, the four arguments ``where``, ``skip``, ``example_inputs`` and ``init``, and the
+    options, which are its other keyword-only parameters. Raises :class:`NormswapError` when the kind is taken.
+    """
+
+    def register(planner: _P) -> _P:
+        _check_free(kind)
+        _planners[kind] = planner
+        return planner
+
+    return register
+
+
+def _check_free(kind: str) -> None:
+    if kind in _builders:
+        taken = _builders[kind]
+        raise NormswapError(f"kind {kind!r} already has a builder: {taken.__module__}.{taken.__qualname__}")
+    if kind in _planners:
+        raise NormswapError(f"kind {kind!r} already has a planner: {_planners[kind].__module__}")
 
 
 @cache
@@ -81,6 +108,8 @@ def _load() -> None:
             warnings.warn(f"normswap: entry point {entry.name!r} ({entry.value}) failed: {error!r}", stacklevel=2)
 
 
+_SELECTION = frozenset({"where", "skip", "example_inputs", "init"})
+"""What a kind's options may not be called."""
 _RUNS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward")
 
 
@@ -149,17 +178,33 @@ def read(module: nn.Module) -> Norm:
 
 
 def kinds() -> tuple[str, ...]:
-    """The kinds that have a builder, sorted."""
+    """The kinds that have a builder or a planner, sorted."""
     _load()
-    return tuple(sorted(_builders))
+    return tuple(sorted({*_builders, *_planners}))
+
+
+def planner(kind: str) -> Planner | None:
+    """The planner of a kind that changes the layers around the norms; ``None`` for a kind of norm."""
+    _load()
+    return _planners.get(kind)
 
 
 def builder(kind: str) -> Builder:
-    """The builder of ``kind``; raises :class:`NormswapError` that lists the kinds when there is none."""
+    """The builder of ``kind``; raises :class:`NormswapError` that lists the kinds when there is none.
+
+    That of a kind with a planner refuses every norm: one norm alone cannot become a change of layers.
+    """
     _load()
-    if not isinstance(kind, str) or kind not in _builders:
+    if not isinstance(kind, str) or kind not in kinds():
         raise NormswapError(f"unknown kind {kind!r}; the kinds are: {', '.join(kinds())}")
-    return _builders[kind]
+    return _builders[kind] if kind in _builders else _refusing(kind)
+
+
+def _refusing(kind: str) -> Builder:
+    def build(norm: Norm, **_options: object) -> nn.Module:
+        raise Refusal(f"{kind} changes the layers around the norms: convert the model that holds them")
+
+    return build
 
 
 @cache
@@ -168,10 +213,10 @@ def _signature(function: Builder) -> inspect.Signature:
 
 
 def options(kind: str) -> Mapping[str, inspect.Parameter]:
-    """The options of a kind's builder by name, without ``init``."""
-    parameters = _signature(builder(kind)).parameters
+    """The options of a kind's builder or planner by name, without ``init``."""
+    parameters = _signature(planner(kind) or builder(kind)).parameters
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    return {name: p for name, p in parameters.items() if p.kind is keyword_only and name != "init"}
+    return {name: p for name, p in parameters.items() if p.kind is keyword_only and name not in _SELECTION}
 
 
 def takes_init(kind: str) -> bool:

@@ -229,13 +229,20 @@ def fitted_recipe(recipe: Recipe, model: nn.Module) -> Recipe:
     steps = recipe.get("steps")
     if recipe.get("operation") == "fold" or not isinstance(steps, list):
         return recipe
-    names = [step.get("name") if isinstance(step, dict) else None for step in steps]
+    absorb = [layer for step in steps if isinstance(step, dict) for layer in step.get("layers") or ()]
+    names = [item.get("name") if isinstance(item, dict) else None for item in (*steps, *absorb)]
     texts = [name for name in names if isinstance(name, str)]
     present = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    renamed = renamed_for(texts, present) if len(texts) == len(names) and texts else None
+    renamed = renamed_for(dict.fromkeys(texts), present) if len(texts) == len(names) and texts else None
     if renamed is None:
         return recipe
-    return {**recipe, "steps": [{**step, "name": renamed[step["name"]]} for step in steps]}
+    return {**recipe, "steps": [_renamed(step, renamed) for step in steps]}
+
+
+def _renamed(step: Recipe, names: dict[str, str]) -> Recipe:
+    """A step for a model whose modules have other names, the layers that absorb a norm among them."""
+    layers = [{**layer, "name": names[layer["name"]]} for layer in step.get("layers") or ()]
+    return {**step, "name": names[step["name"]], **({"layers": layers} if layers else {})}
 
 
 def _count(number: int, noun: str) -> str:

@@ -137,7 +137,7 @@ SOURCES: dict[str, Line] = {
     ),
     "RMSNorm over channels, eps of the dtype": Line(lambda: norms.rms.ChannelRMSNorm(8)),
 }
-KINDS = kinds()
+KINDS = [kind for kind in kinds() if registry.planner(kind) is None]
 COPIED = ("BatchNorm2d", "LayerNorm", "SwitchableNorm2d", "BatchNorm1d (N, C)")
 OWN_LAYERS = [name for name, line in SOURCES.items() if type(line.make()).__module__.startswith("normswap.")]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap import registry
 from normswap.checkpoints.lazy import replaced
 from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.safety import check_statistics
@@ -100,6 +101,8 @@ def plan_keys(
     Raises :class:`NormswapError` as that function does, for statistics that are not finite or a negative variance, and
     for a checkpoint without norms that can be told from keys.
     """
+    if registry.planner(to) is not None:
+        raise NormswapError(f"{to} changes layers, which keys alone do not tell: pass --model WHERE:CALLABLE")
     check_statistics(checkpoint.tensors, checkpoint.tensors, str(checkpoint.path))
     skeleton = skeleton_of(checkpoint.tensors)
     if not skeleton.prefixes:

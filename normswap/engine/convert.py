@@ -81,6 +81,9 @@ def plan_convert(
     registry.check_options(to, options)
     if init not in INITS:
         raise NormswapError(f"init={init!r}; it is one of: {', '.join(INITS)}")
+    if (planner := registry.planner(to)) is not None:
+        planned: Plan = planner(model, where=where, skip=skip, example_inputs=example_inputs, init=init, **options)
+        return planned
     observation = None if example_inputs is None else observe(model, example_inputs)
     sites = survey(references(model), observation)
     check_globs(sites, where=where, skip=skip)

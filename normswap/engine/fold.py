@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -72,13 +73,16 @@ def replay(
     """
     undo = separate(model, unsharing or Unsharing())
     try:
-        return _replay(model, steps, merges)
+        return replay_folds(model, steps, merges)[0]
     except BaseException:
         undo()
         raise
 
 
-def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequence[Mapping[str, Any]]) -> nn.Module:
+def replay_folds(
+    model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequence[Mapping[str, Any]] = ()
+) -> tuple[nn.Module, Callable[[], None]]:
+    """:func:`replay` of folds that share no layers; the model, and what undoes them."""
     outcomes = {step["name"]: step["to"] for step in steps}
     sites = survey(references(model))
     known = {site.name for site in sites}
@@ -103,11 +107,17 @@ def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequen
         name = sorted(lost)[0]
         raise NormswapError(f"the recipe folds {name!r}, but here it stays: {reasons[name]}")
     result = plan.apply(inplace=True)
+    undo: list[Callable[[], object]] = [plan.undo]
+
+    def back() -> None:
+        while undo:
+            undo.pop()()
+
     for name in baked:  # a layer that took in another norm there than here
         try:
-            bake.bake(result.get_submodule(name))
+            undo.append(bake.bake(result.get_submodule(name)))
         except (NormswapError, Refusal, AttributeError) as error:
-            plan.undo()
+            back()
             raise NormswapError(f"the recipe bakes {name!r}, but here that cannot be done: {error}") from error
     for layer in (layer for step in steps for layer in step["layers"] if layer["bias"]):
         module: Any = result.get_submodule(layer["name"])
@@ -117,4 +127,5 @@ def _replay(model: nn.Module, steps: Sequence[Mapping[str, Any]], merges: Sequen
             outputs = described.outputs
             zeros = module.weight.new_zeros(outputs)
             module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-    return result
+            undo.append(partial(setattr, module, "bias", None))
+    return result, back

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,7 +12,8 @@ from normswap import registry
 from normswap.engine.carry import build
 from normswap.engine.convert import INITS, apply_changes, describe
 from normswap.engine.copying import copy_model
-from normswap.engine.fold import replay
+from normswap.engine.fold import replay, replay_folds
+from normswap.engine.network import apply_weights, described, replayed_change
 from normswap.engine.plan import RECIPE_VERSION, Change
 from normswap.engine.sites import Site, check_model, survey
 from normswap.errors import NormswapError, Refusal
@@ -34,9 +35,33 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any], *, inplace: bool =
         unshare = recipe.get("unshare")
         unsharing = None if unshare is None else Unsharing.from_dict(unshare)
         return replay(target, steps, unsharing, _merges(recipe))
+    if _of_layers(recipe):
+        return _replay_layers(target, steps)
     sites = {name: site for site in survey(references(target)) for name in (site.name, *site.aliases)}
     changes = [_change(step, sites) for step in steps]
     return apply_changes(target, changes)[0]
+
+
+def _of_layers(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe is that of a kind which changes the layers around the norms."""
+    return registry.planner(str(recipe.get("operation")).removeprefix("convert to ")) is not None
+
+
+def _replay_layers(model: nn.Module, steps: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """Folds, other norms and layers, in this order; on an error all is put back."""
+    folds = [step for step in steps if "layers" in step]
+    layers = [step for step in steps if registry.planner(str(step["to"])) is not None]
+    norms = [step for step in steps if step not in folds and step not in layers]
+    known = described(references(model))
+    changes = [replayed_change(step, known) for step in layers]
+    result, undo = replay_folds(model, folds) if folds else (model, lambda: None)
+    try:
+        sites = {name: site for site in survey(references(result)) for name in (site.name, *site.aliases)}
+        changes += [_change(step, sites) for step in norms]
+        return apply_weights(result, changes)[0]
+    except BaseException:
+        undo()
+        raise
 
 
 def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -49,9 +74,10 @@ def _steps(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     steps = recipe["steps"]
     if not isinstance(steps, (list, tuple)):
         raise NormswapError(f"the recipe's 'steps' must be a list, not {type(steps).__name__}")
-    folds = recipe.get("operation") == "fold"
     names = set()
     for index, step in enumerate(steps):
+        both = isinstance(step, Mapping) and "layers" in step and _of_layers(recipe)
+        folds = recipe.get("operation") == "fold" or both
         if not (_well_formed_fold(step) if folds else _well_formed(step)):
             fields = "layers (name, bias)" if folds else "options, init, ranks"
             raise NormswapError(

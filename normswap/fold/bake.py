@@ -7,7 +7,7 @@ weight norm              :math:`g\,v / \lVert v \rVert`, the norm over all axes 
 spectral norm            :math:`W / (u^\top W v)` with the stored u and v; in train mode they change with each call
 orthogonal               as torch's parametrization computes it (matrix exponential, Cayley map, Householder)
 pruning                  mask times weight; of the bias too
-weight standardization   per output channel :math:`g\,(w - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon}`, of timm
+weight standardization   per output channel :math:`g\,(w - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon}`, timm's too
 =======================  ===============================================================================================
 
 The first three are known as parametrizations, and the first two and pruning as hooks that run before ``forward``; the
@@ -32,6 +32,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from normswap.errors import NormswapError, Refusal
+from normswap.norms.weight_standardized import FORMS
+from normswap.registry import dotted
 
 _PARAMETRIZATIONS: dict[type, str] = {
     _WeightNorm: "weight norm",
@@ -48,6 +50,7 @@ STANDARDIZED: dict[str, str] = {
     "timm.layers.std_conv.StdConv2dSame": _SAME_STD,
     "timm.layers.std_conv.ScaledStdConv2d": _PLAIN_STD,
     "timm.layers.std_conv.ScaledStdConv2dSame": _SAME_STD,
+    **{dotted(form): dotted(plain) for plain, form in FORMS.items()},
 }
 """Classes that standardize their weight in ``forward``, and the class that does without."""
 
@@ -315,7 +318,7 @@ def _plain(module: nn.Module) -> Source:
 
 def _standardized(module: Any, weight: Source) -> Source:
     gain = module._parameters.get("gain")
-    if gain is None and hasattr(module, "gain"):
+    if gain is None and getattr(module, "gain", None) is not None:
         raise Refusal("its gain is no parameter")
 
     def value() -> Tensor:
@@ -332,6 +335,9 @@ def _standardized(module: Any, weight: Source) -> Source:
 
 
 def _without_standardization(module: Any, path: str) -> type[nn.Module]:
+    own = next((plain for plain, form in FORMS.items() if isinstance(module, form)), None)
+    if own is not None:
+        return own
     if module.padding_mode != "zeros":
         raise Refusal(f"it has padding_mode={module.padding_mode!r}, which its class ignores")
     if STANDARDIZED[path] == _PLAIN_STD or not module.same_pad:

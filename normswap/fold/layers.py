@@ -29,6 +29,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from normswap.errors import NormswapError
 from normswap.fold import bake
 from normswap.fold.affine import Affine
+from normswap.norms.weight_standardized import FORMS
+from normswap.registry import dotted
 
 Side = Literal["output", "input"]
 
@@ -42,6 +44,7 @@ OWN_FORWARD: dict[str, type[nn.Module]] = {
     "timm.layers.linear.Linear": nn.Linear,
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": nn.Linear,
     **dict.fromkeys(bake.STANDARDIZED, nn.Conv2d),
+    **{dotted(form): plain for plain, form in FORMS.items()},
 }
 """Classes with a ``forward`` of their own that still computes the plain layer, on an input they may pad with zeros and
 with a weight they may standardize."""
