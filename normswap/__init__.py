@@ -5,6 +5,7 @@ from normswap.calibration import Calibration, Recalibration, calibrate, recalibr
 from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_fold
 from normswap.errors import NormswapError, Refusal, VerificationFailed
 from normswap.exported import load_exported
+from normswap.health import Health, examine
 from normswap.onnx import export
 from normswap.provenance import read_metadata, state_digest
 from normswap.registry import builds, kinds, read, reads
@@ -17,6 +18,7 @@ from normswap.version import __version__
 __all__ = [
     "Calibration",
     "Change",
+    "Health",
     "Norm",
     "NormswapError",
     "Plan",
@@ -32,6 +34,7 @@ __all__ = [
     "calibrate",
     "convert",
     "exactness",
+    "examine",
     "export",
     "find",
     "fold",

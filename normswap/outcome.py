@@ -43,10 +43,17 @@ class Check:
         """Whether the report shows the inside of runs that are equivalent too."""
         return self.report_to is not None and self.report_to.suffix == ".html"
 
-    def report(self, verification: Verification | None, title: str, force: bool, plan: engine.Plan | None) -> None:
+    def report(
+        self,
+        verification: Verification | None,
+        title: str,
+        force: bool,
+        plan: engine.Plan | None,
+        calibration: Calibration | None = None,
+    ) -> None:
         if self.report_to is not None:
             with working(f"writing {self.report_to}"):
-                write_report(self.report_to, verification, plan=plan, title=title, force=force)
+                write_report(self.report_to, verification, plan=plan, calibration=calibration, title=title, force=force)
             say(f"wrote {self.report_to}")
 
 
@@ -60,13 +67,14 @@ def judge(
     *,
     as_json: bool,
     force: bool,
+    calibration: Calibration | None = None,
 ) -> None:
     """Show what a check found, write the report, and end with the exit status of a failure."""
     if verification is not None:
         record["verification"] = verification.to_dict()
         if not as_json:
             report.show(report.verification_report(verification), Console())
-    check.report(verification, title, force, plan)
+    check.report(verification, title, force, plan, calibration)
     if verification is not None and not verification:
         say(f"the check failed; {output} is not written")
         raise typer.Exit(CHECK_FAILED)
@@ -106,6 +114,7 @@ def carry_out(
             say(reason)
         with working("applying"):
             changed = plan.apply(inplace=not compared and fit is None)
+        calibration = None
         if fit is not None:
             with working("calibrating"):
                 calibration = fit(changed, source.model)
@@ -115,7 +124,7 @@ def carry_out(
         verification = None
         if compared:
             verification = compared_with(source.model, changed, check.example, backend="eager", layers=check.layers)
-        judge(verification, check, record, title, output, plan, as_json=as_json, force=force)
+        judge(verification, check, record, title, output, plan, as_json=as_json, force=force, calibration=calibration)
         with working(f"writing {output}"):
             said = len(source.notes)
             written = save_source(source, changed, plan.recipe, output, force=force, max_shard_size=shard_size)

@@ -15,8 +15,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from normswap.calibration import Calibration
 from normswap.checkpoints.difference import Difference
 from normswap.engine import Plan, Site
+from normswap.health import Health, NormHealth
 from normswap.verification import Layer, Verification
 from normswap.verification.result import COLUMNS, cells
 
@@ -28,6 +30,8 @@ STYLES = {
     "inconclusive": "yellow",
     "different": "bold red",
     "NOT": "bold red",
+    "error": "bold red",
+    "warning": "yellow",
 }
 """By a cell's text, or by the first word of a line."""
 
@@ -97,10 +101,69 @@ def sites_report(sites: Sequence[Site]) -> Report:
     """Every normalization of a model: name, what it computes (or why that is not known), input shapes seen."""
     if not sites:
         return Report((), ("no normalization found",))
-    rows = tuple((_names(s.name, s.aliases), str(s.norm) if s.norm else "?", _shapes(s), s.reason or "") for s in sites)
+    return Report((norms_section([NormHealth(site) for site in sites]),), (tally(sites),))
+
+
+def health_report(health: Health) -> Report:
+    """Every normalization of a model, with where it sits and what becomes of it in a fold; then the findings."""
+    if not health.norms:
+        return Report((), ("no normalization found",))
+    sections = (norms_section(health.norms), *measured_sections(health))
+    *findings, verdict = health.lines()
+    return Report(sections, (*findings, tally([norm.site for norm in health.norms]), verdict))
+
+
+def norms_section(norms: Sequence[NormHealth]) -> Section:
+    """One row for every normalization."""
+    rows = tuple(
+        (_names(s.name, s.aliases), str(s.norm) if s.norm else "?", norm.place, _shapes(s), norm.folds, s.reason or "")
+        for norm, s in ((norm, norm.site) for norm in norms)
+    )
+    return _without_empty("Normalizations", ("name", "computes", "where", "input", "folds", "left as it is, for"), rows)
+
+
+def tally(sites: Sequence[Site]) -> str:
+    """How many there are of each kind."""
     kinds = Counter(site.norm.kind if site.norm else "unknown" for site in sites)
-    section = _without_empty("Normalizations", ("name", "computes", "input", "left as it is, for"), rows)
-    return Report((section,), (f"{len(sites)} found: {_counted(kinds)}",))
+    return f"{len(sites)} found: {_counted(kinds)}"
+
+
+def measured_sections(health: Health) -> Iterator[Section]:
+    """What the batches showed of each norm."""
+    seen = [(norm.name or "(root)", norm.measured) for norm in health.norms if norm.measured is not None]
+    if not seen:
+        return
+    columns = ("name", "input", "output", "train-eval", "stale", "noise", "dead", "flat", "gradient", "gain")
+    rows = tuple(
+        (
+            name,
+            f"{m.input_mean:.3g} ± {m.input_std:.3g}",
+            f"{m.output_mean:.3g} ± {m.output_std:.3g}",
+            *("" if value is None else f"{value:.2f}" for value in (m.discrepancy, m.staleness, m.noise)),
+            *("" if value is None else f"{value:.0%}" for value in (m.dead, m.saturated)),
+            *("" if value is None else f"{value:.2g}" for value in (m.gradient, m.gain)),
+        )
+        for name, m in seen
+    )
+    gradients = "" if health.loss is None else f"; gradients of {health.loss}"
+    count = f"{health.batches} batch{'' if health.batches == 1 else 'es'}"
+    yield _without_empty(f"On {count}{gradients}", columns, rows)
+
+
+def findings_section(health: Health) -> Section:
+    """One row for every finding."""
+    rows = tuple((each.severity, each.check, each.site or "(root)", each.what) for each in health.findings)
+    return Section("Findings", ("severity", "check", "norm", "what"), rows)
+
+
+def calibration_section(calibration: Calibration) -> Section:
+    """One row for every fitted norm."""
+    rows = tuple(
+        (s.name or "(root)", str(s.source), str(s.target), f"{s.before:.3f}", f"{s.after:.3f}", s.advice or "")
+        for s in calibration.sites
+    )
+    columns = ("norm", "was", "is", "R² before", "R² after", "advice")
+    return _without_empty(f"Calibrated: {calibration.fit}", columns, rows)
 
 
 def plan_report(plan: Plan) -> Report:

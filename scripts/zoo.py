@@ -2,6 +2,7 @@
 
     python scripts/zoo.py convert [--only GLOB] [--kinds KINDS] [--limit N] [--results FILE] [--out FILE]
     python scripts/zoo.py fold    [--only GLOB] [--limit N] [--results FILE] [--out FILE]
+    python scripts/zoo.py health  [--only GLOB] [--limit N] [--results FILE] [--out FILE]
     python scripts/zoo.py verify  [--only GLOB] [--columns COLUMNS] [--limit N] [--results FILE] [--out FILE]
 
 ``convert`` turns every norm of every model into each kind, without example inputs, and judges the result with means
@@ -381,6 +382,24 @@ def sweep(
         yield row
 
 
+def every_cell(
+    command: str,
+    options: argparse.Namespace,
+    entries: list[Entry],
+    measure: Callable[[Entry], dict[str, Any]],
+    page: Callable[[list[dict[str, Any]], str], str],
+    wanted: Iterable[str],
+) -> bool:
+    """Sweep without gradients and write the page; whether every cell of every model is ok."""
+    torch.set_grad_enabled(False)
+    rows = list(sweep(command, entries, options.results, measure, wanted))
+    write_section(options.out, page(rows, command_line(options)))
+    found = Counter(cell["status"] for row in rows for cell in row.get("cells", {}).values())
+    unmeasured = sum("cells" not in row for row in rows)
+    print(f"{len(rows)} models: {dict(found)}, {unmeasured} unmeasured; {options.out}")
+    return not unmeasured and set(found) <= {"ok"}
+
+
 def scientific(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
@@ -521,10 +540,18 @@ def verify(options: argparse.Namespace, entries: list[Entry]) -> bool:
     return zoo_verify.verify(options, entries)
 
 
+def health(options: argparse.Namespace, entries: list[Entry]) -> bool:
+    """The ``health`` command; see ``scripts/zoo_health.py``."""
+    from scripts import zoo_health
+
+    return zoo_health.health(options, entries)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, list[Entry]], bool]] = {
     "convert": convert,
     "fold": fold,
     "verify": verify,
+    "health": health,
 }
 
 

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -211,10 +210,4 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
 
 def fold(options: argparse.Namespace, entries: list[Entry]) -> bool:
     """The ``fold`` command; whether every cell is ok."""
-    torch.set_grad_enabled(False)
-    rows = list(zoo.sweep("fold", entries, options.results, fold_row, CELLS))
-    zoo.write_section(options.out, page(rows, zoo.command_line(options)))
-    found = Counter(cell["status"] for row in rows for cell in row.get("cells", {}).values())
-    unmeasured = sum("cells" not in row for row in rows)
-    print(f"{len(rows)} models: {dict(found)}, {unmeasured} unmeasured; {options.out}")
-    return not unmeasured and set(found) <= {"ok"}
+    return zoo.every_cell("fold", options, entries, fold_row, page, CELLS)

@@ -102,7 +102,9 @@ def test_convert(path: Path) -> None:
         (("fold", "{folder}/no.onnx", "--dry-run"), "there is no such file"),
         (("convert", "{path}", "--to", "switchable", "--dry-run"), "cannot become 'switchable'"),
         (("convert", "{path}", "--to", "group", "--init", "preserve", "--dry-run"), "--init: not for an .onnx file"),
-        (("inspect", "a.pt"), "which model? Pass --model"),
+        (("inspect", "a.pt"), "a.pt does not exist"),
+        (("inspect",), "which model? Pass --model"),
+        (("inspect", "{path}", "--data", "a.npy"), "--data: not for an .onnx file"),
     ],
 )
 def test_bad_input(arguments: tuple[str, ...], told: str, path: Path) -> None:

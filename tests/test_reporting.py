@@ -21,9 +21,10 @@ from normswap import NormswapError, report
 from normswap.report import Section
 from normswap.reporting import check_report, markdown, write, write_report
 from normswap.reporting.content import FLOOR, TOLERANCE, WIDER, Content
+from normswap.reporting.drawing import COLOURS, shortened
 from normswap.reporting.html import html
 from normswap.reporting.markdown import escape, table
-from normswap.reporting.plot import COLOURS, Depth, plot, shortened
+from normswap.reporting.plot import Depth, plot
 from normswap.verification import Layer, Location, Profile, Verification
 from normswap.verification.criterion import Row
 from normswap.verification.inputs import Variation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scripts import zoo
+from scripts import zoo, zoo_health
 from tests.zoo.models import EXCLUDED, MODELS, TIMM_FAMILIES, Entry, flatten, is_norm
 from tests.zoo.watch import relative_error, watch
 
@@ -185,3 +185,20 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
     rows = list(zoo.sweep("convert", entries, results, measure, ["frozen"]))
     assert [row["name"] for row in rows] == [entry.name for entry in entries]
     assert calls == [entries[position].name for position in (0, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("name", ["timm/test_byobnet", "timm/convnext_atto"])
+def test_health(name):
+    subject = subject_of(name)
+    cell = zoo_health.health_cell(subject.model, fresh=False)
+    assert (cell["status"], cell["detail"]) == ("ok", "")
+    assert cell["placed"] == cell["norms"]
+    assert subject.untouched() is None
+
+
+def test_a_false_alarm_is_wrong_and_a_true_one_is_not():
+    model = nn.Sequential(nn.LayerNorm(1), nn.BatchNorm2d(3)).double().eval()
+    cell = zoo_health.health_cell(model, fresh=True)
+    assert (cell["status"], cell["true"]) == ("ok", 1)
+    model[1].running_var[0] = -1
+    assert "negative-variance at 1" in zoo_health.health_cell(model, fresh=False)["detail"]

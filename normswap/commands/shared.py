@@ -32,14 +32,18 @@ def load(
     partial: bool = False,
     replay: bool = True,
     trust_pickle: bool = False,
+    sound: bool = True,
 ) -> Source:
     if model is None:
         raise NormswapError(
-            "which model? Pass --model WHERE:CALLABLE; only an .onnx file, or convert of a checkpoint, needs none"
+            "which model? Pass --model WHERE:CALLABLE; an .onnx file needs none, nor does "
+            "inspect or convert of a checkpoint"
         )
     with working("reading the model"):
         built = build_model(model, parse_pairs(model_args or (), "--model-arg"))
-        source = load_source(built, path, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
+        source = load_source(
+            built, path, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle, sound=sound
+        )
     for note in source.notes:
         say(note)
     return source

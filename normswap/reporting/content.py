@@ -8,25 +8,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from normswap.calibration import Calibration
 from normswap.engine import Plan
+from normswap.health import Health
 from normswap.report import (
     Section,
     around_section,
+    calibration_section,
+    findings_section,
+    measured_sections,
+    norms_section,
     outputs_section,
     plan_report,
     problems_section,
+    tally,
 )
 from normswap.verification import Location, Verification
 from normswap.verification.result import CAUSES
 from normswap.version import __version__
 
-Outcome = Literal["equivalent", "different", "inconclusive", "unverified"]
+Outcome = Literal["equivalent", "different", "inconclusive", "unverified", "healthy", "doubtful", "ill"]
 
 HEADINGS: dict[Outcome, str] = {
     "equivalent": "Equivalent",
     "different": "Not equivalent",
     "inconclusive": "Inconclusive",
     "unverified": "Not verified",
+    "healthy": "Healthy",
+    "doubtful": "Warnings",
+    "ill": "Errors",
 }
 
 FLOOR = (
@@ -68,14 +78,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Content:
-    """What is reported: a verification, a plan, or both."""
+    """What is reported: a verification, a plan and a calibration, any of them, or the health of norms."""
 
     verification: Verification | None = None
     plan: Plan | None = None
     title: str = "normswap"
+    calibration: Calibration | None = None
+    health: Health | None = None
 
     @property
     def outcome(self) -> Outcome:
+        if self.health is not None:
+            return "ill" if self.health.errors else "doubtful" if self.health.warnings else "healthy"
         if self.verification is None:
             return "unverified"
         if self.verification:
@@ -90,21 +104,32 @@ class Content:
     @property
     def summary(self) -> str:
         """What was compared and what came out, in one sentence."""
-        found = self.verification
-        if found is None:
-            return "Nothing was compared with the original."
-        worst = found.worst()
+        if self.health is not None:
+            norms = tally([norm.site for norm in self.health.norms]) if self.health.norms else "No norm found"
+            return f"{norms}. {self.health.verdict[0].upper()}{self.health.verdict[1:]}."
+        verification = self.verification
+        if verification is None:
+            return f"{self._fitted}Nothing was compared with the original."
+        worst = verification.worst()
         runs, outputs = ({key[part] for key in worst} for part in (0, 1))
         counts = [
             _count(len(runs), "run"),
             _count(len(outputs), "output"),
-            f"{_count(len(found.inputs), 'set')} of inputs",
+            f"{_count(len(verification.inputs), 'set')} of inputs",
         ]
         told = f"Compared: {', '.join(counts)}"
         most = max((row.excess for row in worst.values() if row.problem is None), default=0.0)
-        if found:
+        if verification:
             return f"{told}. The error is at most {most:.0%} of what is allowed."
         return f"{told}. The error reaches {figure(most)} times what is allowed." if most > 1 else f"{told}."
+
+    @property
+    def _fitted(self) -> str:
+        found = self.calibration
+        if found is None or found.fit not in found.scores:
+            return ""
+        norms, batches = _count(len(found.sites), "norm"), f"{found.batches} batch{'' if found.batches == 1 else 'es'}"
+        return f"Calibrated: {norms} on {batches}; R² of the model's output: {found.scores[found.fit]:.3f}. "
 
     @property
     def criterion(self) -> str:
@@ -132,6 +157,8 @@ class Content:
 
     def tables(self) -> Iterator[Section]:
         """The tables that say what was found, the most telling first."""
+        if self.calibration is not None:
+            yield calibration_section(self.calibration)
         if self.verification is not None:
             for section in (problems_section, outputs_section, around_section):
                 yield section(self.verification)
@@ -150,9 +177,18 @@ class Content:
     def plan_tables(self) -> tuple[Section, ...]:
         return () if self.plan is None else tuple(each for each in plan_report(self.plan).sections if each.rows)
 
+    def health_tables(self) -> tuple[Section, ...]:
+        """Findings one by one, norms, and what was measured of them."""
+        if self.health is None:
+            return ()
+        sections = (
+            findings_section(self.health), norms_section(self.health.norms), *measured_sections(self.health)
+        )  # fmt: skip
+        return tuple(section for section in sections if section.rows)
+
     def notes(self) -> list[str]:
-        found = [] if self.verification is None else list(self.verification.notes)
-        return found + ([] if self.plan is None else list(self.plan.notes))
+        parts = (self.verification, self.plan, self.health)
+        return [note for part in parts if part is not None for note in part.notes]
 
     @property
     def versions(self) -> str:

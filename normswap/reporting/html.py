@@ -9,8 +9,10 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from normswap.health.result import named
 from normswap.report import LAYER_COLUMNS, Section, layer_cells
 from normswap.reporting.content import Content, figure
+from normswap.reporting.depth import Drawn, calibration_drawing, health_drawings
 from normswap.reporting.plot import plot
 from normswap.verification import Layer, Profile, Verification
 
@@ -30,7 +32,9 @@ def html(content: Content) -> str:
     style = Markup(environment.loader.get_source(environment, "page.css")[0]) if environment.loader else ""
     page = environment.get_template("page.html.jinja")
     drawings = [] if content.verification is None else list(_drawings(content.verification))
-    return page.render(content=content, drawings=drawings, figure=figure, style=style)
+    return page.render(
+        content=content, drawings=drawings, figures=list(_figures(content)), figure=figure, named=named, style=style
+    )
 
 
 @cache
@@ -42,6 +46,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _figures(content: Content) -> Iterator[Drawn]:
+    """Drawings of the norms along the depth."""
+    if content.calibration is not None and content.calibration.sites:
+        yield calibration_drawing(content.calibration)
+    if content.health is not None:
+        yield from health_drawings(content.health)
 
 
 def _drawings(found: Verification) -> Iterator[Drawing]:

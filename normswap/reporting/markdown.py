@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from normswap.health.result import named
 from normswap.report import Section
 from normswap.reporting.content import Content, Outcome, figure
 
 MOST = 60
 """Rows of a table; a comment on GitHub may have 65,536 characters."""
-MARKS: dict[Outcome, str] = {"equivalent": "✅", "different": "❌", "inconclusive": "⚠️", "unverified": "➖"}
+MARKS: dict[Outcome, str] = {
+    "equivalent": "✅",
+    "different": "❌",
+    "inconclusive": "⚠️",
+    "unverified": "➖",
+    "healthy": "✅",
+    "doubtful": "⚠️",
+    "ill": "❌",
+}
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;", "#": "&#35;", "|": "&#124;"}
 
 
@@ -30,6 +39,14 @@ def _parts(content: Content) -> Iterator[str]:
             f"cause: **the {place.first.cause}**. {escape(place.cause)} "
             f"Runs: {escape('; '.join(place.runs))}."
         )
+    if content.health is not None:
+        for severity, check, found in content.health.grouped():
+            sites, first = named([each.site for each in found]), found[0]
+            yield (
+                f"**{severity}: {check}** in {escape(sites)}. {escape(first.what)}: {escape(first.why)}. "
+                f"To mend it: {escape(first.mend)}."
+            )
+        yield from map(_folded, content.health_tables())
     for section in content.tables():
         if section.rows:
             yield f"### {section.title}\n\n{table(section)}"

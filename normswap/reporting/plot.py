@@ -1,61 +1,39 @@
-"""The error along the depth of a network as an SVG drawing, with the colours left to the page's style sheet.
-
-Matplotlib draws in placeholder colours, which become ``var(--name)``: so one drawing serves light, dark and paper.
-"""
+"""The error along the depth of a network as an SVG drawing, with the colours left to the page's style sheet."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import matplotlib
 import numpy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from normswap.report import LAYER_COLUMNS, layer_cells
+from normswap.reporting.drawing import (
+    ALARM,
+    BAND,
+    MUTED,
+    RUNS,
+    SIZE,
+    circles,
+    name_depth,
+    plain,
+    settings,
+    shortened,
+    svg_of,
+)
 from normswap.verification import Layer, Profile
 
-COLOURS = {
-    "#010a01": "var(--ink)",
-    "#010a02": "var(--muted)",
-    "#010a03": "var(--line)",
-    "#010a04": "var(--band)",
-    "#010a05": "var(--alarm)",
-    "#010a06": "var(--run-0)",
-    "#010a07": "var(--run-1)",
-    "#010a08": "var(--run-2)",
-    "#010a09": "var(--run-3)",
-}
-INK, MUTED, LINE, BAND, ALARM, *RUNS = COLOURS
 STYLES = (("-", "o", 4.5), ((0, (4, 2)), "s", 2.4), ((0, (1, 1.4)), "^", 1.3), ("-", "D", 1.0))
 """Dashes, marker and width of each run: the later ones are seen on top of the earlier where they coincide."""
 ALONE = ("-", "o", 1.8)
 THINNER = 0.6
 """Where there are too many values for markers."""
-SIZE = (10.5, 4.4)
-"""In inches of 72 points."""
-MOST_GROUPS = 20
 MOST_MARKERS = 150
 FEW = 10
 """Values of a run that a line alone would not show."""
-LONGEST = 48
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-}
 
 
 @dataclass
@@ -114,8 +92,7 @@ def _allowed(layer: Layer) -> float:
 def plot(profiles: Sequence[Profile], located: Sequence[str]) -> str:
     """An ``<svg>`` of the errors in ``profiles``, all on one set of inputs; ``located`` are the names to mark."""
     depth = Depth.of(profiles)
-    with warnings.catch_warnings(), matplotlib.rc_context({**SETTINGS, "svg.hashsalt": profiles[0].inputs}):
-        warnings.simplefilter("ignore", UserWarning)  # Names in scripts that the font for measuring has not.
+    with settings(profiles[0].inputs):
         drawing = Figure(figsize=SIZE, dpi=72, layout="constrained")
         axes = drawing.add_subplot()
         low, high = _limits(axes, depth, profiles)
@@ -124,10 +101,8 @@ def plot(profiles: Sequence[Profile], located: Sequence[str]) -> str:
         for text in legend.get_texts():
             text.set_parse_math(False)
         _mark(axes, depth, located)
-        _name(axes, [name for name, _ in depth.keys])
-        file = io.StringIO()
-        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        return _inline(file.getvalue(), _hover(axes, depth, profiles, low, high))
+        name_depth(axes, [name for name, _ in depth.keys])
+        return svg_of(drawing, "Error along the depth of the network", lambda: _hover(axes, depth, profiles, low, high))
 
 
 def _limits(axes: Axes, depth: Depth, profiles: Sequence[Profile]) -> tuple[float, float]:
@@ -171,10 +146,7 @@ def _draw(axes: Axes, depth: Depth, profiles: Sequence[Profile], low: float, hig
             label=profile.run,
         )
     axes.set_ylabel("error, relative to the value's scale")
-    axes.grid(axis="y", color=LINE, linewidth=0.6, alpha=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain(axes)
 
 
 def between(values: Sequence[float]) -> list[float] | None:
@@ -207,80 +179,15 @@ def _mark(axes: Axes, depth: Depth, located: Sequence[str]) -> None:
         )
 
 
-def _name(axes: Axes, names: Sequence[str]) -> None:
-    """Label stretches of the depth by the modules that they are in, as finely as there is room for."""
-    groups = _groups(names, 1)
-    for level in range(2, 1 + max((name.count(".") + 1 for name in names), default=1)):
-        finer = _groups(names, level)
-        if len(finer) > MOST_GROUPS:
-            break
-        groups = finer
-    room = len(names) / MOST_GROUPS / 1.6
-    shown: list[tuple[int, int, str]] = []
-    for start, end, name in groups:
-        if not shown or (start + end) / 2 - sum(shown[-1][:2]) / 2 >= room:
-            shown.append((start, end, name))
-    labels = [shortened(name, 24) for _, _, name in shown]
-    axes.set_xticks(
-        [(start + end) / 2 for start, end, _ in shown],
-        labels,
-        rotation=30,
-        horizontalalignment="right",
-        rotation_mode="anchor",
-        parse_math=False,
-    )
-    axes.tick_params(axis="both", length=0)
-    axes.yaxis.set_minor_locator(NullLocator())
-    if len(groups) <= MOST_GROUPS and len(groups) < len(names):
-        for start, _, _ in groups[1:]:
-            axes.axvline(start - 0.5, color=LINE, linewidth=0.6, zorder=0.5)
-
-
-def _groups(names: Sequence[str], level: int) -> list[tuple[int, int, str]]:
-    """Stretches (first, last, name) of layers below one module of the given level."""
-    groups: list[tuple[int, int, str]] = []
-    for place, name in enumerate(names):
-        prefix = ".".join(name.split(".")[:level]) or "(model)"
-        if groups and groups[-1][2] == prefix:
-            groups[-1] = (groups[-1][0], place, prefix)
-        else:
-            groups.append((place, place, prefix))
-    return groups
-
-
-def shortened(name: str, longest: int = LONGEST) -> str:
-    half = (longest - 1) // 2
-    return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
-
-
 def _hover(axes: Axes, depth: Depth, profiles: Sequence[Profile], low: float, high: float) -> str:
     """Invisible circles that tell, when pointed at, what is below them."""
-    height = SIZE[1] * 72
-    circles = []
+    points = []
     for run, profile in enumerate(profiles):
         for place, (key, error) in enumerate(zip(depth.keys, depth.series(run), strict=True)):
             if math.isnan(error):
                 continue
-            x, y = axes.transData.transform((place, min(max(error, low), high)))
             name, kind, *figures = layer_cells(depth.layers[run][key])
             named = (f"{title} {text}" for title, text in zip(LAYER_COLUMNS[2:], figures, strict=True) if text)
             told = f"{name} ({kind})\n{profile.run}\n{', '.join(named)}"
-            circles.append(
-                f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="5"><title>{html.escape(told)}</title></circle>'
-            )
-    return f'<g class="hover">{"".join(circles)}</g>'
-
-
-def _inline(svg: str, hover: str) -> str:
-    """The drawing as a part of a page: no prologue, no style of its own for other elements, the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"\b(font: [^;\"]*?[\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
-    svg = re.sub("|".join(COLOURS), lambda match: COLOURS[match[0]], svg)
-    svg = re.sub(
-        r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>',
-        r'<svg viewBox="\1" role="img" aria-label="Error along the depth of the network">',
-        svg,
-    )
-    return svg.replace("xlink:href", "href").replace("</svg>", f"{hover}</svg>")
+            points.append((place, min(max(error, low), high), told))
+    return circles(axes, SIZE[1], points)

@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from normswap.calibration import Calibration
 from normswap.engine import Plan
 from normswap.errors import NormswapError
 from normswap.files import check_output, whole_file
+from normswap.health import Health
 from normswap.reporting.content import Content
 from normswap.reporting.markdown import markdown
 from normswap.verification import Verification
@@ -38,14 +40,17 @@ def write_report(
     *,
     plan: Plan | None = None,
     title: str = "normswap",
+    calibration: Calibration | None = None,
+    health: Health | None = None,
     force: bool = False,
 ) -> None:
-    """Write what a verification found, a plan, or both, as an ``.html`` page or as an ``.md`` file.
+    """Write what a verification found, a plan, a calibration, any of them, or the health of a model's norms, as an
+    ``.html`` page or as an ``.md`` file.
 
     The page is one file that needs no other, no network and no script. Raises :class:`NormswapError` as
     :func:`check_report` does."""
     check_report(path, force=force)
-    content = Content(verification, plan, title)
+    content = Content(verification, plan, title, calibration, health)
     if Path(path).suffix == ".md":
         text = markdown(content)
     else:

@@ -1,0 +1,31 @@
+"""Examine what is in a file: the graph of an ``.onnx`` one, or the keys of a checkpoint whose model is not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.skeleton import skeleton_of
+from normswap.engine.sites import Site, survey
+from normswap.graph.references import references
+from normswap.health.examine import examine_sites
+from normswap.health.result import Health
+from normswap.onnx import surgery as onnx_files
+
+EPS = "eps and momentum are not in a checkpoint: variances are compared with an eps of 1e-5"
+
+
+def examine_onnx(path: Path) -> Health:
+    """The health of the norms in an ``.onnx`` file. Raises :class:`~normswap.NormswapError` as
+    :func:`normswap.onnx.surgery.inspect` does."""
+    return examine_sites(onnx_files.inspect(path))
+
+
+def examine_keys(checkpoint: Checkpoint) -> Health:
+    """The health of the norms that the keys and shapes of a checkpoint tell; what may be one is listed too."""
+    skeleton = skeleton_of(checkpoint.tensors)
+    sites = survey(references(skeleton.model))
+    sites += [Site(name, None, nn.Identity(), reason) for name, reason in skeleton.unknown.items()]
+    return examine_sites(sites, options=False, notes=(*skeleton.notes, EPS))
