@@ -1,6 +1,7 @@
 """Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
 
 from normswap import norms
+from normswap.advice import Comparison, Recommendation, Situation, compare, recommend
 from normswap.calibration import Calibration, Recalibration, calibrate, recalibrate
 from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_fold
 from normswap.errors import NormswapError, Refusal, VerificationFailed
@@ -18,13 +19,16 @@ from normswap.version import __version__
 __all__ = [
     "Calibration",
     "Change",
+    "Comparison",
     "Health",
     "Norm",
     "NormswapError",
     "Plan",
     "Recalibration",
+    "Recommendation",
     "Refusal",
     "Site",
+    "Situation",
     "Skip",
     "Verification",
     "VerificationFailed",
@@ -32,6 +36,7 @@ __all__ = [
     "apply_recipe",
     "builds",
     "calibrate",
+    "compare",
     "convert",
     "exactness",
     "examine",
@@ -48,6 +53,7 @@ __all__ = [
     "read_metadata",
     "reads",
     "recalibrate",
+    "recommend",
     "reference",
     "scale_shift",
     "state_digest",

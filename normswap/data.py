@@ -1,7 +1,8 @@
 """Batches for calibration, from what the command line is given.
 
 ``--data`` is a ``.npy``, ``.npz`` or ``.pt`` file, as :func:`normswap.verification.load_inputs` reads it, cut along its
-first axis; or ``package.module:callable``, which gives an iterable of batches.
+first axis; a folder of images, see :mod:`normswap.images`; or ``package.module:callable``, which gives an iterable of
+batches.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ from torch import Tensor
 from normswap.arguments import named_object
 from normswap.calibration import check_batches
 from normswap.errors import NormswapError
+from normswap.images import ImageFolder, Preparation
 from normswap.verification import load_inputs
 from normswap.verification.inputs import SUFFIXES
 
 
-def load_batches(text: str, size: int) -> Iterable[Any]:
-    """The batches that ``text`` names, those of a file with at most ``size`` samples each.
+def load_batches(text: str, size: int, preparation: Preparation | None = None) -> Iterable[Any]:
+    """The batches that ``text`` names, those of a file or folder with at most ``size`` samples each.
 
-    Raises :class:`NormswapError` for a file that cannot be read or whose tensors differ in their first axis, a callable
-    that fails or gives no batches, and a size below 1."""
+    Raises :class:`NormswapError` for a file that cannot be read or whose tensors differ in their first axis, a folder
+    without images, a callable that fails or gives no batches, a size below 1, and a ``preparation`` of what are no
+    images."""
     if size < 1:
         raise NormswapError(f"--batch-size {size}: it must be at least 1")
+    if Path(text).is_dir():
+        return ImageFolder(text, size, preparation)
+    if preparation is not None:
+        raise NormswapError(f"--data {text!r} is no folder of images: --image-size and the like have no use")
     if Path(text).suffix in SUFFIXES:
         return [batch for name, inputs in load_inputs(text) for batch in _cut(name, inputs, size)]
     path, target = named_object(text, "--data")
@@ -38,6 +45,26 @@ def load_batches(text: str, size: int) -> Iterable[Any]:
     except NormswapError as error:
         raise NormswapError(f"--data {text!r}: {error}") from error
     return batches  # type: ignore[return-value]
+
+
+def parse_preparation(size: str | None, resize: int | None, mean: str | None, std: str | None) -> Preparation | None:
+    """What ``--image-size``, ``--image-resize``, ``--image-mean`` and ``--image-std`` say; ``None`` where they say
+    nothing. Raises :class:`NormswapError` for what is no size and no numbers."""
+    if (size, resize, mean, std) == (None,) * 4:
+        return None
+    given: dict[str, Any] = {} if resize is None else {"resize": resize}
+    if size is not None:
+        sides = size.split("x")
+        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+            raise NormswapError(f"--image-size {size!r}: write 224, or height and width as 224x320")
+        given["size"] = (int(sides[0]), int(sides[-1]))
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            try:
+                given[name] = tuple(float(part) for part in text.split(","))
+            except ValueError:
+                raise NormswapError(f"--image-{name} {text!r}: write numbers with commas, 0.5,0.5,0.5") from None
+    return Preparation(**given)
 
 
 def _cut(name: str, inputs: tuple[Any, ...], size: int) -> Iterator[tuple[Any, ...]]:

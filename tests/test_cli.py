@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -828,6 +829,74 @@ class TestExportAndVerify:
     @pytest.mark.parametrize("output", [[], ["-o", "net.pb"]])
     def test_export_needs_an_onnx_name(self, run: Callable[..., Result], folder: Path, output: list[str]) -> None:
         assert ".onnx" in run("export", folder / "net.pt", "--input", "2x3x6x6", *output, status=2).stderr
+
+
+class TestAdvice:
+    """``recommend`` and ``compare``."""
+
+    def test_recommend(self, run: Callable[..., Result], folder: Path) -> None:
+        flags = ("--task", "classification", "--batch-size", 4, "--pretrained", "--input", "2x3x6x6")
+        result = run("recommend", folder / "net.pt", *flags)
+        assert result.stdout.startswith("recommended: group; then ")
+        assert "arXiv 1803.08494" in result.stdout
+        line = next(line for line in result.stdout.splitlines() if line.startswith("run: normswap convert "))
+        assert f"--model {folder}/cli_net.py:net" in line
+        assert "--input 2x3x6x6 --to group --groups auto --data DATA -o group.pt" in line
+        record = json.loads(run("recommend", folder / "net.pt", *flags, "--json").stdout)
+        assert (record["recommended"], record["situation"]["batch_size"]) == ("group", 4)
+        assert f"run: {record['command']}" == line
+
+    def test_the_command_that_is_printed_runs(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        printed = json.loads(run("recommend", folder / "net.pt", "--batch-size", 2, "--json").stdout)["command"]
+        monkeypatch.chdir(tmp_path)
+        result = CliRunner().invoke(app, shlex.split(printed)[1:])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "group.pt").exists()
+
+    def test_compare(self, run: Callable[..., Result], folder: Path) -> None:
+        flags = ("--input", "2x3x6x6", "--to", "group", "--to", "batch", "--repeats", 1, "--option", "group.groups=2")
+        result = run("compare", folder / "net.pt", *flags)
+        assert "medians of 1 runs taken in turns" in result.stdout
+        assert "it already is batch" in result.stdout
+        record = json.loads(run("compare", folder / "net.pt", *flags, "--no-backward", "--json").stdout)
+        assert [row["kind"] for row in record["rows"]] == ["as it is", "group", "batch"]
+        assert record["rows"][1]["training"] is None
+
+    @pytest.mark.parametrize(
+        ("flags", "told"),
+        [
+            (("recommend", "--batch-size", 0), "batch_size=0"),
+            (("recommend", "--task", "driving"), "--task"),
+            (("compare",), "pass --input"),
+            (("compare", "--input", "2x3x6x6", "--to", "grup"), "unknown kind 'grup'"),
+            (("compare", "--input", "2x3x6x6", "--option", "groups=2"), "KIND.NAME=VALUE"),
+        ],
+    )
+    def test_misuse(self, run: Callable[..., Result], flags: tuple[Any, ...], told: str) -> None:
+        assert told in run(*flags, status=2).stderr
+
+
+class TestImages:
+    """``convert --data FOLDER``."""
+
+    def test_calibrated_on_a_folder(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        (tmp_path / "images").mkdir()
+        for index in range(5):
+            values = numpy.random.default_rng(index).integers(0, 256, (9, 12, 3), dtype=numpy.uint8)
+            image.fromarray(values).save(tmp_path / "images" / f"{index}.png")
+        flags = ("convert", folder / "net.pt", "--to", "group", "--groups", 2, "--data", tmp_path / "images")
+        result = run(*flags, "--batch-size", 2, "--image-size", 6, "--image-resize", 8, "-o", tmp_path / "a.pt")
+        assert "calibrating on 5 images of" in result.stderr
+        assert "cropped to 6x6" in result.stderr
+        assert "norms fitted on 3 batches" in result.stdout
+
+    def test_misuse(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        flags = ("convert", folder / "net.pt", "--to", "group", "-o", tmp_path / "a.pt")
+        assert "no images in it" in run(*flags, "--data", tmp_path, status=2).stderr
+        assert "pass --data FOLDER" in run(*flags, "--image-size", 6, status=2).stderr
 
 
 def test_failed_write_leaves_nothing_new(

@@ -35,6 +35,7 @@ def calibrate(
     passes: int = 1,
     in_flight: int = IN_FLIGHT,
     correct_biases: bool = True,
+    refit_heads: bool = True,
     refine: int = 0,
 ) -> Calibration:
     """Set the affine of every converted norm of ``model``, in place, so that per channel its output is like that of the
@@ -48,9 +49,10 @@ def calibrate(
     and the model with each affine that is tried). ``fit``: ``"moments"``, ``"least_squares"``, or ``"auto"``, which
     tries both and takes the one whose model output is nearest the reference's, or leaves the affines as they were
     where that is nearer. ``correct_biases``: linear layers behind a fitted norm take up what is left of a shift of
-    their mean in their bias. ``refine``: that many steps of distillation, of the affines alone, on the output of the
-    reference. Under ``torch.distributed`` each process passes its own share of the data, and all get the same values:
-    those of one process whose batches are theirs joined.
+    their mean in their bias. ``refit_heads``: linear layers behind the last fitted norm, weight and bias, are fitted to
+    what they gave, see :mod:`normswap.calibration.heads`. ``refine``: that many steps of distillation, of the affines
+    alone, on the output of the reference. Under ``torch.distributed`` each process passes its own share of the data,
+    and all get the same values: those of one process whose batches are theirs joined.
 
     Both models run in eval mode; flags, hooks, ``requires_grad``, random states, buffers are as before, and on an
     error the parameters too. Raises :class:`NormswapError` for misuse; what a ``forward`` raises comes through."""
@@ -60,8 +62,10 @@ def calibrate(
         if not sites:
             return Calibration((), tuple(skips), "unchanged", {}, 0)
         _check_apart(sites, reference)
-        linear = linear_sites(model, reference) if correct_biases else []
-        session = Session(model, reference, sites, linear, forward, in_flight)
+        linear = linear_sites(model, reference) if correct_biases or refit_heads else []
+        session = Session(
+            model, reference, sites, linear, forward, in_flight, biases=correct_biases, refit_heads=refit_heads
+        )
         methods = _methods(sites, fit)
         copied = Trial("unchanged", None, sites, linear)
         fits = [Trial(method, method, sites, linear) for method in methods]
@@ -75,11 +79,12 @@ def calibrate(
             better = refined(session, taken, batches, refine)
             scores["refined"] = better.agreement.score()
             taken = _best([taken, better], scores)
-        shifted = [] if taken is copied else [i for i in range(len(linear)) if ("linear", i) in taken.totals]
+        changed = [] if taken is copied else [i for i in range(len(linear)) if taken.corrects(i)]
         if taken is not copied:
-            _write(session, taken, shifted)
-        biases = tuple(linear[index].name for index in shifted)
-        return Calibration(*_told(session, taken, copied, skips), taken.name, scores, session.batches, biases)
+            _write(session, taken, changed)
+        refitted = {i for i in changed if taken.corrections[i].weight is not None}
+        biases, heads = (tuple(linear[i].name for i in changed if (i in refitted) is which) for which in (False, True))
+        return Calibration(*_told(session, taken, copied, skips), taken.name, scores, session.batches, biases, heads)
 
 
 def _check(model: Any, reference: Any, batches: Any, fit: Any, passes: int, in_flight: int, refine: int) -> None:
@@ -132,13 +137,13 @@ def _best(trials: Sequence[Trial], scores: dict[str, float]) -> Trial:
     return best
 
 
-def _write(session: Session, taken: Trial, shifted: Sequence[int]) -> None:
+def _write(session: Session, taken: Trial, changed: Sequence[int]) -> None:
     writes: Writes = []
     for index, site in enumerate(session.sites):
         if taken.reached(index):
             writes += of_norm(site, taken.values[index], session.batches)
-    for index in shifted:
-        writes += of_layer(session.linear[index], taken.shifts[index])
+    for index in changed:
+        writes += of_layer(session.linear[index], taken.corrections[index])
     write(writes)
 
 

@@ -44,7 +44,7 @@ def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int) 
                 session.linear,
                 lambda index, x: start.values[index],
                 lambda index, z: masters[index],
-                lambda index, output: start.shifts[index],
+                start.corrected,
             )
         )
         data = _forever(batches)
@@ -58,7 +58,7 @@ def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int) 
         replace(old, weight=weight.detach().double(), bias=bias.detach().double())
         for old, (weight, bias) in zip(start.values, masters, strict=True)
     ]
-    trial = Trial("refined", None, session.sites, session.linear, values, start.shifts)
+    trial = Trial("refined", None, session.sites, session.linear, values, start.corrections, refits=True)
     session.go_through(batches, [trial])
     return trial
 

@@ -67,6 +67,8 @@ class Calibration:
     batches: int
     biases: tuple[str, ...] = ()
     """Layers whose bias took up a shift of the mean."""
+    heads: tuple[str, ...] = ()
+    """Layers behind the last fitted norm whose weight and bias were fitted."""
 
     @property
     def worst(self) -> tuple[SiteFit, ...]:
@@ -81,6 +83,7 @@ class Calibration:
             "sites": [site.to_dict() for site in self.sites],
             "skips": [{"name": left.name, "reason": left.reason} for left in self.skips],
             "biases": list(self.biases),
+            "heads": list(self.heads),
             "worst": [site.name for site in self.worst],
         }
 
@@ -90,6 +93,8 @@ class Calibration:
         lines = [f"calibration: {counts}", f"taken: {self.fit}; R² of the model's output: {tried or 'not measured'}"]
         if self.biases:
             lines.append(f"bias corrected: {', '.join(self.biases)}")
+        if self.heads:
+            lines.append(f"refitted: {', '.join(self.heads)}")
         if self.sites:
             head = ("name", "was", "is", "R² before", "after", "advice")
             rows = (

@@ -6,6 +6,7 @@ once, and what comes behind a site sees it as it will be."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from normswap.calibration import processes
 from normswap.calibration.batches import Forward, run, windows
 from normswap.calibration.fit import Sums, Values, sums
+from normswap.calibration.heads import Correction
 from normswap.calibration.lockstep import Pass, current
 from normswap.calibration.sites import LinearSite, NormSite
 from normswap.calibration.taps import tapped, watched
@@ -36,6 +38,9 @@ class Session:
         linear: Sequence[LinearSite],
         forward: Forward | None,
         in_flight: int,
+        *,
+        biases: bool = True,
+        refit_heads: bool = False,
     ) -> None:
         self.model, self.reference = model, reference
         self.sites, self.linear = sites, linear
@@ -44,24 +49,50 @@ class Session:
         """Indexes of the sites in the order in which they were first reached."""
         self.batches = 0
         """The number of batches of all processes in the last pass over the data."""
+        self.biases = biases
+        self.refit_heads = refit_heads
+        self.heads: frozenset[int] | None = None
+        """Indexes of the layers behind all fitted norms, once they are known."""
 
     def go_through(self, batches: Iterable[Any], trials: Sequence[Trial]) -> None:
         """One pass over the data. Raises :class:`NormswapError` for data without a batch; what a ``forward`` raises
         comes through."""
         with ExitStack() as stack:
             stack.enter_context(eval_mode(self.model))
+            parts = windows(batches, self.in_flight)
+            window = next(parts, [])
             if self.reference is not None:
                 stack.enter_context(eval_mode(self.reference))
+                self._find_heads(window)
                 stack.enter_context(watched(self.sites, self.linear, _watch))
             affine = None if self.reference is None else _affine
-            stack.enter_context(tapped(self.sites, self.linear, _statistics, affine, _shift))
+            stack.enter_context(tapped(self.sites, self.linear, _statistics, affine, _correct))
             self.batches = 0
-            parts = windows(batches, self.in_flight)
-            while count := sum(processes.gathered(len(window := next(parts, [])))):
+            while count := sum(processes.gathered(len(window))):
                 self.batches += count
                 self._window(window, trials)
+                window = next(parts, [])
+            for trial in trials:
+                trial.finish()
         if not self.batches:
             raise NormswapError("batches is empty: calibration needs at least one")
+
+    def _find_heads(self, window: Sequence[Any]) -> None:
+        """Run the reference once to see which layers run once and behind all fitted norms. In all processes the
+        same."""
+        if self.heads is not None:
+            return
+        here: list[int] | None = None
+        if self.refit_heads and window and self.reference is not None:
+            ran: list[tuple[str, int]] = []
+            seen = watched(self.sites, self.linear, lambda kind, index, value: ran.append((kind, index)))
+            with seen, contextlib.suppress(Exception):  # it comes again in the pass, where all processes hear of it
+                run(self.reference, window[0], self.forward)
+            last = max((place for place, (kind, _) in enumerate(ran) if kind == "norm"), default=len(ran))
+            behind = [index for _, index in ran[last + 1 :] if ran.count(("linear", index)) == 1]
+            here = [index for index in behind if self.linear[index].weight is not None]
+        told = [found for found in processes.gathered(here) if found is not None]
+        self.heads = frozenset(told[0] if told else ())
 
     def _window(self, batches: Sequence[Any], trials: Sequence[Trial]) -> None:
         originals = self._passes(self.reference, "reference", batches)
@@ -101,18 +132,44 @@ class Session:
         kind, index = key
         if kind != "linear":
             self.order[index] = None
-        layout = (self.linear if kind == "linear" else self.sites)[index].layout
         here = {name: [one for one in each if one.waits == waits] for name, each in tried.items()}
-        met: dict[str, list[Sums]] = {name: [] for name in tried}
-        for batch in sorted({one.batch for each in here.values() for one in each}):
-            original = None if kind == "statistics" else _original(originals[batch], waits, kept)
+        head = kind == "linear" and index in (self.heads or ())
+        if head or kind != "linear" or self.biases:
+            present = sorted({one.batch for each in here.values() for one in each})
+            theirs = {
+                batch: None if kind == "statistics" else _original(originals[batch], waits, kept) for batch in present
+            }
+            if head:
+                self._meet_head(index, trials, here, theirs)
+            else:
+                self._meet_sums(waits, trials, here, theirs)
+        _advance([(one, trial.answer(kind, index)) for trial in trials for one in here[trial.name]])
+
+    def _meet_head(
+        self, index: int, trials: Sequence[Trial], here: dict[str, list[Pass]], theirs: dict[int, Tensor | None]
+    ) -> None:
+        for trial in trials:
+            if trial.refits:
+                met = [
+                    (*one.value, original) for one in here[trial.name] if (original := theirs[one.batch]) is not None
+                ]
+                trial.solve_head(index, met)
+
+    def _meet_sums(
+        self, waits: Waits, trials: Sequence[Trial], here: dict[str, list[Pass]], theirs: dict[int, Tensor | None]
+    ) -> None:
+        key: Any = waits[0]
+        kind, index = key
+        layout = (self.linear if kind == "linear" else self.sites)[index].layout
+        met: dict[str, list[Sums]] = {name: [] for name in here}
+        for batch, original in theirs.items():
             if kind == "statistics" or original is not None:
                 there = [one for each in here.values() for one in each if one.batch == batch]
-                for one, found in zip(there, sums(layout, [one.value for one in there], original), strict=True):
+                values = [one.value[1] if kind == "linear" else one.value for one in there]
+                for one, found in zip(there, sums(layout, values, original), strict=True):
                     met[one.name].append(found)
         for trial in trials:
             trial.solve(kind, index, waits[1], met[trial.name])
-        _advance([(one, trial.answer(kind, index)) for trial in trials for one in here[trial.name]])
 
 
 def _advance(passes: Sequence[tuple[Pass, Any]], to_the_end: bool = False) -> None:
@@ -178,12 +235,12 @@ def _affine(index: int, z: Tensor) -> tuple[Tensor, Tensor]:
     return values.weight, values.bias
 
 
-def _shift(index: int, output: Tensor) -> Tensor | None:
+def _correct(index: int, x: Tensor, output: Tensor) -> Tensor:
     one = _meeting()
     if not _behind_a_norm(one):
-        return None
-    values: Tensor = one.meet(("linear", index), output)
-    return values
+        return output
+    correction: Correction = one.meet(("linear", index), (x, output))
+    return correction.applied(x, output)
 
 
 def _watch(kind: str, index: int, value: Any) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from normswap import registry
 from normswap.calibration.fit import Layout, Values
+from normswap.calibration.heads import LARGEST
 from normswap.engine.sites import Site, survey
 from normswap.errors import Refusal
 from normswap.graph.lift import lift
@@ -81,13 +82,16 @@ class NormSite:
 
 @dataclass
 class LinearSite:
-    """A layer behind a fitted norm whose bias takes up the mean that the norms could not match."""
+    """A layer behind a fitted norm whose bias takes up the mean that the norms could not match, or, behind all of them,
+    whose weight and bias are fitted."""
 
     name: str
     module: nn.Module
     original: nn.Module
     bias: Tensor
     layout: Layout
+    weight: Tensor | None = None
+    """Where it can be fitted: that of a layer that sees one position at a time."""
 
 
 def device_of(norm: Norm) -> torch.device:
@@ -192,8 +196,19 @@ def linear_sites(model: nn.Module, original: nn.Module) -> list[LinearSite]:
         if is_parametrized(module) or users[id(bias)] > 1 or bias.data_ptr() in held:
             continue
         axis = 1 if isinstance(module, _ConvNd) else -1
-        found.append(LinearSite(name, module, there, bias, Layout(axis, (bias.shape[0],))))
+        weight: Any = module._parameters.get("weight")
+        fits = weight is not None and users[id(weight)] == 1 and weight.data_ptr() not in held and _pointwise(module)
+        found.append(LinearSite(name, module, there, bias, Layout(axis, (bias.shape[0],)), weight if fits else None))
     return found
+
+
+def _pointwise(module: nn.Module) -> bool:
+    """Whether a linear layer is ``weight @ x + bias`` at each position, of not too many features."""
+    if isinstance(module, nn.Linear):
+        return module.in_features <= LARGEST
+    if not isinstance(module, _ConvNd) or module.transposed or module.groups > 1 or module.in_channels > LARGEST:
+        return False
+    return set(module.kernel_size) == {1} and set(module.stride) == {1} and set(module.padding) == {0}
 
 
 @contextmanager

@@ -20,8 +20,8 @@ Statistics = Callable[[int, Tensor], Values | None]
 """Index of a site and its input to the statistics it shall have; ``None`` leaves them."""
 Affine = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Index of a site and its normalized value to weight and bias, in any shape of their size."""
-Shift = Callable[[int, Tensor], Tensor | None]
-"""Index of a layer and its output to what is added to it, ``(size,)``; ``None`` for nothing."""
+Correct = Callable[[int, Tensor, Tensor], Tensor]
+"""Index of a layer, its input and its output to the output it shall have."""
 Watch = Callable[[str, int, Callable[[], Tensor]], None]
 """``"norm"`` or ``"linear"``, index, and what gives the original's output."""
 
@@ -36,7 +36,7 @@ def tapped(
     linear: Sequence[LinearSite],
     statistics: Statistics,
     affine: Affine | None,
-    shift: Shift | None = None,
+    correct: Correct | None = None,
 ) -> Iterator[None]:
     """Within it the model's norms ask ``statistics`` before and ``affine`` after they run. At the end, also on an
     error, their tensors and hooks are as they were. Without ``affine`` the affine is left alone."""
@@ -60,10 +60,9 @@ def tapped(
 
         return hook
 
-    def behind(index: int, layer: LinearSite, add: Shift) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            values = add(index, output)
-            return output if values is None else output + layer.layout.broadcast(values, output)
+    def behind(index: int, change: Correct) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            return change(index, first_tensor(args, kwargs), output)
 
         return hook
 
@@ -85,9 +84,10 @@ def tapped(
                     site.module.followers = ()
                 hook = after(index, site, affine)
                 handles.append(site.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
-        for index, layer in enumerate(linear if shift is not None else ()):
-            assert shift is not None
-            handles.append(layer.module.register_forward_hook(behind(index, layer, shift), prepend=True))
+        for index, layer in enumerate(linear if correct is not None else ()):
+            assert correct is not None
+            hook = behind(index, correct)
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from torch import Tensor
 from normswap.calibration import processes
 from normswap.calibration.batches import floats
 from normswap.calibration.fit import Layout, Method, Sums, Values, explained, fitted
+from normswap.calibration.heads import Correction, Gram, regressed
 from normswap.calibration.sites import LinearSite, NormSite
 
 Kind = str
@@ -49,7 +50,8 @@ class Agreement:
 
 
 class Trial:
-    """Values of all sites and shifts of all layers: fitted by ``method`` as the sums grow, or fixed without one."""
+    """Values of all sites and corrections of all layers: fitted by ``method`` as the sums grow, or fixed without one;
+    with ``refits`` heads are fitted in any case."""
 
     def __init__(
         self,
@@ -58,15 +60,19 @@ class Trial:
         sites: Sequence[NormSite],
         linear: Sequence[LinearSite],
         values: Sequence[Values] | None = None,
-        shifts: Sequence[Tensor] | None = None,
+        corrections: Sequence[Correction] | None = None,
+        refits: bool = False,
     ) -> None:
         self.name, self.method = name, method
         self.sites, self.linear = sites, linear
         self.values = [site.values() for site in sites] if values is None else list(values)
         self.initial = list(self.values)
-        if shifts is None:
-            shifts = [torch.zeros_like(layer.bias, dtype=torch.float64) for layer in linear]
-        self.shifts = list(shifts)
+        if corrections is None:
+            corrections = [
+                Correction(layer.layout, torch.zeros_like(layer.bias, dtype=torch.float64)) for layer in linear
+            ]
+        self.corrections = list(corrections)
+        self.refits = refits or method is not None
         self.agreement = Agreement()
         self.window = 0
         """The number of batches gone through in this pass, in windows."""
@@ -78,9 +84,13 @@ class Trial:
         """Of the previous pass, what this one has not come to yet."""
         self.totals: dict[tuple[Kind, int], Sums] = {}
         """The sums over all processes that the present values come from."""
+        self.grams: dict[int, Gram] = {}
+        """Of the heads, over this process's batches, in this pass over the data."""
+        self._due: set[int] = set()
 
     def next_pass(self) -> None:
         self.rest, self.parts, self.seen = self.parts, {}, {}
+        self.grams = {}
         self.window = 0
         self.agreement = Agreement()
 
@@ -99,6 +109,40 @@ class Trial:
         if self.method is not None and total.count > 0:
             self._fit(kind, index, total)
 
+    def solve_head(self, index: int, met: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Take up input, output and original output of the batches at a head. Heads are fitted anew in the first,
+        fourth, sixteenth ... window and at the end, for it takes time. All processes call it in step."""
+        layer = self.linear[index]
+        assert layer.weight is not None
+        if index not in self.grams:
+            outputs, features = layer.weight.shape[:2]
+            self.grams[index] = Gram.zero(features, outputs, layer.bias.device)
+        for each in met:
+            self.grams[index].add(layer.layout, *each)
+        self._due.add(index)
+        windows = self.window + 1
+        if windows & (windows - 1) == 0 and windows.bit_length() % 2:
+            self._regress(index)
+
+    def finish(self) -> None:
+        """What is left to be done once all batches are through. All processes call it in step."""
+        for index in sorted(self._due):
+            self._regress(index)
+
+    def _regress(self, index: int) -> None:
+        self._due.discard(index)
+        total = self.grams[index].everywhere()
+        if total.counts[1]:
+            self.corrections[index] = regressed(total, self.linear[index].layout)
+
+    def corrected(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """The output of a layer as it shall be."""
+        return self.corrections[index].applied(x, output)
+
+    def corrects(self, index: int) -> bool:
+        """Whether the correction of a layer comes from the data."""
+        return index in self.grams or ("linear", index) in self.totals
+
     def _place(self, kind: Kind, index: int) -> tuple[Layout, torch.device]:
         if kind == "linear":
             return self.linear[index].layout, self.linear[index].bias.device
@@ -109,7 +153,7 @@ class Trial:
         assert self.method is not None
         if kind == "linear":
             mean, original = total.means
-            self.shifts[index] = original - mean
+            self.corrections[index] = Correction(self.linear[index].layout, original - mean)
             return
         site, values = self.sites[index], self.values[index]
         if kind == "statistics":
@@ -120,8 +164,8 @@ class Trial:
             affine = fitted(total, self.method, self.initial[index], *has)
             self.values[index] = replace(affine, mean=values.mean, var=values.var)
 
-    def answer(self, kind: Kind, index: int) -> Values | Tensor:
-        return self.shifts[index] if kind == "linear" else self.values[index]
+    def answer(self, kind: Kind, index: int) -> Values | Correction:
+        return self.corrections[index] if kind == "linear" else self.values[index]
 
     def reached(self, index: int) -> bool:
         total = self.totals.get(("norm", index))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normswap.calibration.fit import Values
+from normswap.calibration.heads import Correction
 from normswap.calibration.sites import LinearSite, NormSite
 from normswap.errors import NormswapError
 
@@ -32,9 +33,14 @@ def of_norm(site: NormSite, values: Values, batches: int) -> Writes:
     return writes
 
 
-def of_layer(layer: LinearSite, shift: Tensor) -> Writes:
-    """The layer's bias and what it gets."""
-    return [(layer.bias, _cast(layer.name, layer.bias, layer.bias.detach().double() + shift))]
+def of_layer(layer: LinearSite, correction: Correction) -> Writes:
+    """The layer's bias, and its weight if that is fitted, and what they get."""
+    writes = [(layer.bias, _cast(layer.name, layer.bias, layer.bias.detach().double() + correction.bias))]
+    if correction.weight is not None:
+        assert layer.weight is not None
+        weight = layer.weight.detach().double() + correction.weight.reshape(layer.weight.shape)
+        writes.append((layer.weight, _cast(layer.name, layer.weight, weight)))
+    return writes
 
 
 def _cast(name: str, tensor: Tensor, value: Tensor) -> Tensor:

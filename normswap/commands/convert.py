@@ -17,6 +17,10 @@ from normswap.commands.parameters import (
     Force,
     From,
     GraphFile,
+    ImageMean,
+    ImageResize,
+    ImageSize,
+    ImageStd,
     Inputs,
     Key,
     ModelArgs,
@@ -34,9 +38,10 @@ from normswap.commands.parameters import (
     options_help,
 )
 from normswap.commands.shared import check_outputs, is_onnx, load, need_model, refuse_with_onnx, required, selectors
-from normswap.console import working
-from normswap.data import load_batches
+from normswap.console import say, working
+from normswap.data import load_batches, parse_preparation
 from normswap.errors import NormswapError
+from normswap.images import ImageFolder
 from normswap.onnx import surgery as onnx_files
 from normswap.outcome import Check, carry_out, carry_out_file, check_kinds
 from normswap.source import load_keys
@@ -59,10 +64,16 @@ def convert(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="FILE", help="Calibrate on these inputs: .npy, .npz, .pt, or package.module:callable."
+            "--data",
+            metavar="FILE",
+            help="Calibrate on these inputs: .npy, .npz, .pt, a folder of images, or package.module:callable.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch of a --data file.")] = 64,
+    image_size: ImageSize = None,
+    image_resize: ImageResize = None,
+    image_mean: ImageMean = None,
+    image_std: ImageStd = None,
     refine: Annotated[int, typer.Option("--refine", help="Steps of distillation after the calibration.")] = 0,
     init: Annotated[
         Literal["copy", "preserve", "reset"],
@@ -98,6 +109,9 @@ def convert(
     registry.check_options(to, options)
     if refine and data is None:
         raise NormswapError("--refine needs inputs: pass --data FILE")
+    preparation = parse_preparation(image_size, image_resize, image_mean, image_std)
+    if preparation is not None and data is None:
+        raise NormswapError("--image-size and the like are for the images of --data: pass --data FOLDER")
     if is_onnx(checkpoint):
         refuse_with_onnx(**{
             "--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key, "--partial": partial,
@@ -126,7 +140,9 @@ def convert(
         return
     source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
-    batches = None if data is None else load_batches(data, batch_size)
+    batches = None if data is None else load_batches(data, batch_size, preparation)
+    if isinstance(batches, ImageFolder):
+        say(f"calibrating on {batches}")
     with working("planning"):
         plan = surgery.plan_convert(
             source.model,

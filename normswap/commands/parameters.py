@@ -60,6 +60,16 @@ Inputs = Annotated[
 Where = Annotated[list[str] | None, typer.Option("--where", metavar="GLOB", help="Only norms so named, repeatable.")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="Not norms so named, repeatable.")]
 From = Annotated[list[str] | None, typer.Option("--from", metavar="KIND", help="Only norms of this kind, repeatable.")]
+ImageSize = Annotated[
+    str | None, typer.Option("--image-size", metavar="H[xW]", help="Crop of the images of a --data folder [224].")
+]
+ImageResize = Annotated[
+    int | None, typer.Option("--image-resize", help="Their shorter side before it [the size divided by 0.875].")
+]
+ImageMean = Annotated[
+    str | None, typer.Option("--image-mean", metavar="R,G,B", help="Subtracted from values in [0, 1] [ImageNet's].")
+]
+ImageStd = Annotated[str | None, typer.Option("--image-std", metavar="R,G,B", help="Divided by [ImageNet's].")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Output = Annotated[
