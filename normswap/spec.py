@@ -23,6 +23,8 @@ instance     are mixed
 frn          as instance; not centred, mean square      Singh and Krishnan, arXiv 1911.09737
 ===========  =========================================  ==========================================
 
+A norm with a formula of its own (an EvoNorm, say, or one whose affine depends on a class) has a :class:`Form`.
+
 A norm whose moments are *running statistics* in eval mode is there a **channel affine**,
 :math:`y = s\,x + t` with :math:`s = w / \sqrt{v + \varepsilon}` and :math:`t = b - m\,s`.
 
@@ -31,8 +33,8 @@ A norm whose moments are *running statistics* in eval mode is there a **channel 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,41 @@ POSITION: frozenset[str] = frozenset({"channel"})
 SPACE: frozenset[str] = frozenset({"space"})
 
 Exactness = Literal["exact", "approximate", "retrain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a norm computes beyond the formula above: its tensors, and its output in float64.
+
+    A kind has a subclass, which is a frozen dataclass. The norm that holds it describes the nearest one without: its
+    affine and statistics are what another kind takes over."""
+
+    loses: ClassVar[str] = ""
+    """What another kind has no place for."""
+    note: ClassVar[str] = ""
+    """What a plan says of a norm that becomes one of this form."""
+    affine: ClassVar[bool] = True
+    """Whether weight and bias of the norm act on its output, as in a norm without form."""
+    neutral: ClassVar[dict[str, float]] = {}
+    """The values of its tensors in a new layer; 0 where nothing is said."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def fresh(self) -> Form:
+        """The form of a new layer."""
+        made = {name: torch.full_like(t.detach(), self.neutral.get(name, 0.0)) for name, t in self.tensors.items()}
+        return replace(self, **made)
+
+    def output(self, x: Tensor, norm: Norm, eps: float, training: bool) -> Tensor:
+        """The output of ``norm`` for ``x`` of shape ``(N, C, *S)`` in float64."""
+        raise NotImplementedError
+
+    def plain(self, norm: Norm) -> Norm | None:
+        """The norm without form that computes the same as ``norm`` in eval mode, where there is one."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +115,8 @@ class Norm:
     """Added to the variance; ``None`` for the machine epsilon of the input's dtype (``nn.RMSNorm``)."""
     momentum: float | None = 0.1
     """Weight of the new batch in the running statistics; ``None`` for a cumulative mean."""
+    schedule: Any = None
+    """How that weight changes with the batches seen, before it is ``momentum``."""
     weight: Tensor | None = None
     bias: Tensor | None = None
     running_mean: Tensor | None = None
@@ -97,6 +136,8 @@ class Norm:
     running ones, in deviations."""
     virtual_batch: int | None = None
     """Ghost only: train mode normalizes so many samples together."""
+    form: Form | None = None
+    """How it is computed, where not by the formula that all others share."""
     then: tuple[nn.Module, ...] = ()
     """What runs after the norm inside the same module: drop, activation."""
     upcast: bool = False
@@ -130,7 +171,7 @@ class Norm:
         found = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if self.gates is not None:
             found["mean_gate"], found["var_gate"] = self.gates
-        return found
+        return found if self.form is None else {**found, **self.form.tensors}
 
     def __str__(self) -> str:
         parts = [str(self.channels) if self.shape is None else "x".join(map(str, self.shape))]
@@ -152,9 +193,18 @@ def epsilon(norm: Norm, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if norm.eps is None else norm.eps
 
 
+def plain(norm: Norm) -> Norm | None:
+    """``norm`` itself, or the one without form that computes the same in eval mode; ``None`` where there is none."""
+    return norm if norm.form is None else norm.form.plain(norm)
+
+
 def scale_shift(norm: Norm) -> tuple[Tensor, Tensor] | None:
     """``(s, t)`` in float64, each ``(channels,)``, of a norm that is a channel affine in eval mode; ``None`` for
     others."""
+    found = plain(norm)
+    if found is None:
+        return None
+    norm = found
     if not norm.has_statistics or (norm.mixes and not batch_gated(norm)):
         return None
     assert norm.running_mean is not None
@@ -217,6 +267,8 @@ def reference(x: Tensor, norm: Norm, *, training: bool = False) -> Tensor:
         mean, var = _moments(x, tuple(range(-len(norm.shape), 0)), norm)
         return _affine(x, mean, var, eps, norm, norm.shape)
     first = x if norm.channel_axis == 1 else x.movedim(-1, 1)
+    if norm.form is not None:
+        return norm.form.output(first, norm, eps, training)
     running = norm.has_statistics and (norm.fixed or not training)
     if norm.gates is not None:
         mean, var = _mixture(first, norm, running)
@@ -324,9 +376,9 @@ def _same(a: Tensor | None, b: Tensor | None, neutral: float) -> bool:
     return a.shape == b.shape and torch.equal(a.detach().double().cpu(), b.detach().double().cpu())
 
 
-def _structure(norm: Norm) -> tuple[object, ...]:
+def _structure(norm: Norm, flat: bool = False) -> tuple[object, ...]:
     """What the moments run over, in a form that is equal for equal functions (``group(1)`` and ``layer`` over a
-    map)."""
+    map). ``flat``: for inputs ``(N, C)``, which have no space."""
     pools, groups = norm.pools, norm.groups
     if norm.mixes:
         source = _gated(norm)
@@ -337,8 +389,9 @@ def _structure(norm: Norm) -> tuple[object, ...]:
         pools, groups = pools - {"channel"}, 1
     if "channel" not in pools:
         groups = 1
+    pools -= {"processes", "space"} if flat else {"processes"}
     return (
-        pools - {"processes"}, groups, norm.channel_axis, norm.shape, norm.centred, norm.spread, norm.correction,
+        pools, groups, norm.channel_axis, norm.shape, norm.centred, norm.spread, norm.correction,
         norm.eps,
     )  # fmt: skip
 
@@ -351,22 +404,49 @@ def exactness(source: Norm, target: Norm) -> Exactness:
     counts: rounding does not."""
     if source.channels != target.channels:
         return "retrain"
+    same = _same_form(source, target) if (given := _plains(source, target)) is None else _same_function(*given)
+    if same:
+        return "exact"
+    return "approximate" if target.weight is not None else "retrain"
+
+
+def _plains(*norms: Norm) -> tuple[Norm, Norm] | None:
+    found = [plain(norm) for norm in norms]
+    return None if None in found else (found[0], found[1])  # type: ignore[return-value]
+
+
+def _same_form(source: Norm, target: Norm) -> bool:
+    """Whether two norms, of which one at least computes what no norm without form does, are the same."""
+    ours, theirs = source.form, target.form
+    if ours is None or theirs is None or type(ours) is not type(theirs) or ours.tensors.keys() != theirs.tensors.keys():
+        return False
+    settings = [
+        [getattr(form, each.name) for each in fields(form) if each.compare and each.name not in form.tensors]
+        for form in (ours, theirs)
+    ]
+    fixed = [_structure(norm) for norm in (source, target)]
+    pairs = [(getattr(source, name), getattr(target, name), neutral) for name, neutral in _NEUTRAL.items()]
+    pairs += [(tensor, theirs.tensors[name], 0.0) for name, tensor in ours.tensors.items()]
+    return settings[0] == settings[1] and fixed[0] == fixed[1] and all(_same(*pair) for pair in pairs)
+
+
+_NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+
+
+def _same_function(source: Norm, target: Norm) -> bool:
     ours, theirs = scale_shift(source), scale_shift(target)
     if ours is not None and theirs is not None:
         same = all(
             a.is_meta or b.is_meta or torch.allclose(a.cpu(), b.cpu(), rtol=1e-9, atol=1e-12)
             for a, b in zip(ours, theirs, strict=True)
         )
-        same = same and source.channel_axis == target.channel_axis
-    else:
-        same = (
-            (ours is None) == (theirs is None)
-            and _structure(source) == _structure(target)
-            and _same(source.weight, target.weight, 1.0)
-            and _same(source.bias, target.bias, 0.0)
-            and ("mixture",) not in (_structure(source),)
-            and _same(source.threshold, target.threshold, float("-inf"))
-        )
-    if same:
-        return "exact"
-    return "approximate" if target.weight is not None else "retrain"
+        return same and source.channel_axis == target.channel_axis
+    flat = source.ranks == frozenset({2})
+    return (
+        (ours is None) == (theirs is None)
+        and _structure(source, flat) == _structure(target, flat)
+        and _same(source.weight, target.weight, 1.0)
+        and _same(source.bias, target.bias, 0.0)
+        and ("mixture",) not in (_structure(source),)
+        and _same(source.threshold, target.threshold, float("-inf"))
+    )

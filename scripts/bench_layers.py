@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normswap.norms.adaptive_instance import AdaptiveInstanceNorm2d
+from normswap.norms.adaptive_momentum import AdaptiveBatchNorm2d
 from normswap.norms.batch_instance import BatchInstanceNorm2d
+from normswap.norms.condition import condition
+from normswap.norms.conditional import ConditionalNorm2d
+from normswap.norms.domain import DomainBatchNorm2d
+from normswap.norms.evonorm import EvoNormB02d, EvoNormS02d
 from normswap.norms.frn import FilterResponseNorm2d
 from normswap.norms.ghost import GhostBatchNorm2d
+from normswap.norms.learned_groups import LearnedGroupNorm2d
+from normswap.norms.momentum import Warmup
+from normswap.norms.multiscale import MultiscaleNorm2d
+from normswap.norms.positional import PositionalNorm2d
 from normswap.norms.renorm import BatchRenorm2d
 from normswap.norms.switchable import SwitchableNorm2d
+from normswap.norms.virtual import VirtualBatchNorm2d
 
 SHAPES = ((16, 64, 56, 56), (8, 256, 28, 28), (2, 64, 112, 112))
 
@@ -55,6 +66,22 @@ class Reference(nn.Module):
         return x.view(samples, channels, height, width) * self.weight + self.bias
 
 
+def style(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(channels), torch.ones(channels)
+
+
+class Given(nn.Module):
+    """A layer with the same condition each time."""
+
+    def __init__(self, layer: nn.Module, **values: Any) -> None:
+        super().__init__()
+        self.layer, self.values = layer, values
+
+    def forward(self, x: Tensor) -> Tensor:
+        with condition(self.layer, **self.values):
+            return self.layer(x)
+
+
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "nn.BatchNorm2d": nn.BatchNorm2d,
     "nn.BatchNorm2d, nn.ReLU": lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
@@ -66,6 +93,17 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "batch_instance": BatchInstanceNorm2d,
     "frn": lambda channels: FilterResponseNorm2d(channels, threshold=False),
     "frn with its unit": FilterResponseNorm2d,
+    "nn.BatchNorm2d, nn.SiLU": lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.SiLU()),
+    "evonorm_b0": EvoNormB02d,
+    "evonorm_s0": EvoNormS02d,
+    "adaptive_instance": lambda channels: Given(AdaptiveInstanceNorm2d(channels), style=style(channels)),
+    "conditional": lambda channels: Given(ConditionalNorm2d(channels), label=1),
+    "domain": lambda channels: Given(DomainBatchNorm2d(channels), domain=1),
+    "virtual": VirtualBatchNorm2d,
+    "adaptive_momentum": lambda channels: AdaptiveBatchNorm2d(channels, momentum=Warmup(0.1)),
+    "multiscale": MultiscaleNorm2d,
+    "positional": PositionalNorm2d,
+    "learned_groups": LearnedGroupNorm2d,
 }
 
 

@@ -75,6 +75,60 @@ def test_the_same_as_on_the_model(model: nn.Module, kind: str) -> None:
         replayed.load_state_dict(dict(found), strict=True)
 
 
+OWN_LAYERS: dict[str, dict[str, Any]] = {
+    "adaptive_instance": {},
+    "adaptive_momentum": {"momentum": "warmup:0.1"},
+    "conditional": {"classes": 3},
+    "domain": {"domains": 3},
+    "evonorm_b0": {},
+    "evonorm_s0": {"groups": 2},
+    "learned_groups": {"groups": 2},
+    "multiscale": {"scales": [1, 2]},
+    "positional": {},
+    "virtual": {"reference_size": 16},
+}
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.norm = nn.BatchNorm2d(8)
+
+
+@pytest.mark.parametrize("kind", OWN_LAYERS)
+def test_own_layers_by_keys_and_back_by_their_reason(kind: str) -> None:
+    model, options = randomise(Small()).eval(), OWN_LAYERS[kind]
+    surgery = plan_keys(memory(model.state_dict()), kind, **options)
+    wanted = normswap.convert(model, kind, **options).state_dict()
+    found = surgery.apply()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in wanted.items())
+    replayed = normswap.apply_recipe(model, json.loads(json.dumps(surgery.plan.recipe)))
+    replayed.load_state_dict(dict(found), strict=True)
+    assert any("(N, C)" in note for note in surgery.plan.notes) == (kind in ("adaptive_instance", "multiscale"))
+    wanted = {name: value for name, value in wanted.items() if not name.startswith("stem.0")}
+    if kind == "adaptive_momentum":
+        assert len(plan_keys(memory(wanted), "batch").plan.skips) == 2, "its keys are a batch norm's"
+    elif kind != "adaptive_instance":  # of which nothing is left
+        with refused("has no batch norm"):
+            plan_keys(memory(wanted), "group")
+
+
+def test_own_layers_and_their_options_by_command(tmp_path: Path) -> None:
+    path = in_file(randomise(Small()), tmp_path / "small.safetensors")
+    for kind, options in (("conditional", ["classes=3"]), ("multiscale", ["scales=1,3"]), ("domain", [])):
+        words = [word for option in options for word in ("--option", option)]
+        run("convert", path, "--to", kind, *words, "-o", tmp_path / f"{kind}.safetensors")
+        loaded = normswap.load(Small(), tmp_path / f"{kind}.safetensors")
+        assert normswap.read(loaded.norm).kind == kind  # type: ignore[arg-type]
+    assert load_file(tmp_path / "conditional.safetensors")["norm.weight"].shape == (3, 8)
+    assert load_file(tmp_path / "multiscale.safetensors")["norm.mean_gate"].shape == (2,)
+    words = "convert", path, "--to", "adaptive_momentum", "--option", "momentum=seldom", "-o", tmp_path / "no.pt"
+    assert "momentum='seldom': it is a number, cumulative" in run(*words, status=2).stderr.replace("\n", " ")
+    assert not (tmp_path / "no.pt").exists()
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

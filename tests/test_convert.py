@@ -73,6 +73,7 @@ CHANGING = [kind for kind in kinds() if kind != "plain"]
 """Those that change something of a model that has no computed weights."""
 
 
+@pytest.mark.usefixtures("ambient_condition")
 @pytest.mark.parametrize("kind", [kind for kind in kinds() if registry.planner(kind) is None])
 def test_every_norm_is_in_the_plan_and_the_model_runs(kind: str) -> None:
     model = network()
@@ -84,7 +85,7 @@ def test_every_norm_is_in_the_plan_and_the_model_runs(kind: str) -> None:
     assert bool(new(X).isfinite().all())
     skipped = {skip.name for skip in plan.skips}
     left = len(skipped & {*NAMES, "head.1", "instance_norm"})
-    computed_by_batch_norm = ("batch", "sync", "frozen", "instance", "renorm", "ghost")
+    computed_by_batch_norm = ("batch", "sync", "frozen", "instance", "renorm", "ghost", "adaptive_momentum")
     assert batch_norms_run(new.eval(), X) == (8 if kind in computed_by_batch_norm else left)
 
 

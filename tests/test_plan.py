@@ -69,6 +69,7 @@ class TestText:
 
 
 class TestJson:
+    @pytest.mark.usefixtures("ambient_condition")
     @pytest.mark.parametrize("kind", kinds())
     def test_written_and_replayed_on_a_fresh_model(self, kind: str) -> None:
         model = network()
@@ -293,6 +294,7 @@ def test_what_is_lost_and_gained_is_said() -> None:
     assert "gates" in plan_convert(switchable, "group").changes[0].lost
 
 
+@pytest.mark.usefixtures("ambient_condition")
 def test_exactness_in_the_plan_is_measured() -> None:
     model = nn.Sequential(randomise(nn.BatchNorm2d(8).double()), randomise(nn.GroupNorm(1, 8).double())).eval()
     x = sample(3, 8, 4, 5)

@@ -89,7 +89,7 @@ def test_registering_a_kind_twice_names_the_first() -> None:
 
 def test_an_unknown_kind_lists_the_kinds() -> None:
     listed = ", ".join(normswap.kinds())
-    assert listed.startswith("batch, ")
+    assert ", batch, " in listed
     with pytest.raises(NormswapError, match=f"unknown kind 'gruop'; the kinds are: {listed}"):
         registry.builder("gruop")
     with pytest.raises(NormswapError, match="unknown kind"):

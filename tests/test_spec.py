@@ -227,6 +227,11 @@ PAIRS: dict[str, tuple[Norm, Norm, str]] = {
         replace(GROUP, groups=1, kind="layer", pools=POSITION),
         "approximate",
     ),
+    "over channels, of inputs that may have a map": (
+        replace(GROUP, groups=1, kind="layer", ranks=frozenset({2, 3, 4})),
+        replace(GROUP, groups=1, kind="positional", pools=POSITION),
+        "approximate",
+    ),
     "a shut gate": (PLAIN, replace(PLAIN, kind="switchable", gates=(SHUT, SHUT)), "exact"),
     "a gate shut on layer": (
         replace(GROUP, groups=1, kind="layer"),
@@ -246,6 +251,15 @@ def test_exactness_is_measured_equality(name: str) -> None:
     ours = reference(x, source)
     theirs = x if target.kind == "identity" else reference(x, target)
     assert (distance(theirs, ours) < DOUBLE) == (outcome == "exact")
+
+
+def test_without_space_a_map_is_its_channels() -> None:
+    layer = replace(GROUP, groups=1, kind="layer", ranks=frozenset({2}))
+    position = replace(GROUP, groups=1, kind="positional", pools=POSITION)
+    assert exactness(layer, position) == "exact"
+    assert exactness(replace(layer, groups=2), position) == "approximate"
+    x = sample(5, C)
+    assert distance(reference(x, position), reference(x, layer)) < DOUBLE
 
 
 def test_other_channels_are_never_the_same() -> None:

@@ -23,7 +23,8 @@ from normswap.engine import Change, Plan, Skip, plan_convert
 from normswap.engine.select import Selector
 from normswap.errors import NormswapError
 
-INSTANCE = "keys do not tell whether an input is (N, C), which an instance norm cannot take; the recipe then refuses"
+ALONE = ("instance", "frn", "adaptive_instance", "multiscale")
+INSTANCE = "keys do not tell whether an input is (N, C), which such a norm cannot take; the recipe then refuses"
 ONE_POSITION = "keys do not tell an input of one position, for which a model's own plan takes larger groups"
 
 
@@ -113,7 +114,7 @@ def plan_keys(
     plan = plan_convert(skeleton.model, to, where=where, skip=skip, init=init, **options)
     plan.skips += [Skip(name, reason, was="unknown") for name, reason in skeleton.unknown.items()]
     notes = list(skeleton.notes)
-    if any(change.to == "instance" for change in plan.changes):
+    if any(change.to in ALONE for change in plan.changes):
         notes.append(INSTANCE)
     if not options and any(change.to == "group" for change in plan.changes):
         notes.append(ONE_POSITION)

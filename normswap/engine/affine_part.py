@@ -56,6 +56,8 @@ def part_of(
         return "functional norm: fold takes the affine out of modules only"
     if norm.follows or norm.threshold is not None:
         return "an activation follows inside it"
+    if norm.form is not None and not norm.form.affine:
+        return f"the affine of {norm.kind} is not the same for every sample"
     if (reason := _guarded(site, flow, owners)) is not None:
         return reason
     found = _along_one_axis(norm, module, -1 if recorded is None else recorded["axis"])

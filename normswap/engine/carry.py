@@ -14,8 +14,9 @@ from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 from normswap import registry
+from normswap.errors import Refusal
 from normswap.norms.then import follow
-from normswap.spec import Norm
+from normswap.spec import Norm, plain
 
 _HOOKS = (
     "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -37,11 +38,14 @@ def fresh(norm: Norm) -> Norm:
             values[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     if norm.num_batches_tracked is not None:
         values["num_batches_tracked"] = torch.zeros_like(norm.num_batches_tracked)
-    return replace(norm, **values)  # type: ignore[arg-type]
+    form = None if norm.form is None else norm.form.fresh()
+    return replace(norm, form=form, **values)  # type: ignore[arg-type]
 
 
 def build(norm: Norm, kind: str, options: dict[str, Any], init: str) -> nn.Module:
     """The bare replacement of a norm. Raises what the builder raises: ``Refusal`` or ``NormswapError``."""
+    if init == "preserve" and kind != norm.kind and plain(norm) is None:
+        raise Refusal(f"{kind} cannot compute the same as {norm} (init='preserve')")
     extra = {"init": init} if registry.takes_init(kind) else {}
     return registry.builder(kind)(fresh(norm) if init == "reset" else norm, **options, **extra)
 

@@ -180,17 +180,27 @@ def lost(norm: Norm, target: Norm) -> tuple[str, ...]:
         gone.append("bias")
     if norm.has_statistics and not target.has_statistics:
         gone.append("running statistics")
+    if norm.schedule is not None and target.has_statistics and target.schedule is None:
+        gone.append("schedule of the momentum")
     if norm.gates is not None and target.gates is None:
         gone.append("gates")
     if norm.share is not None and target.share is None:
         gone.append("share")
     if norm.threshold is not None and target.threshold is None:
         gone.append("threshold")
+    if norm.form is not None and norm.form.loses and not _has_place(target, norm):
+        gone.append(norm.form.loses)
     if target.fixed and not norm.fixed:
         gone.append("training of affine and statistics")
     if norm.upcast and not target.upcast:
         gone.append("float32 computation whatever the input's dtype")
     return tuple(gone)
+
+
+def _has_place(target: Norm, norm: Norm) -> bool:
+    """Whether the tensors that the form of ``norm`` adds are in ``target`` too."""
+    ours, theirs = (form.tensors if form is not None else {} for form in (norm.form, target.form))
+    return all(name in theirs and theirs[name].shape == tensor.shape for name, tensor in ours.items())
 
 
 def _notes(site: Site, norm: Norm, target: Norm, init: Init, fewest: int | None) -> tuple[str, ...]:
@@ -203,6 +213,8 @@ def _notes(site: Site, norm: Norm, target: Norm, init: Init, fewest: int | None)
         notes.append("running statistics start at mean 0, variance 1: train, or estimate them from data")
     if norm.fixed and not target.fixed:
         notes.append("trainable again")
+    if target.form is not None and target.form.note:
+        notes.append(target.form.note)
     if not site.functional and guards.has_fast_path(site) and target.kind != "layer":
         notes.append(guards.FAST_PATH_NOTE)
     if site.functional and not isinstance(site.module, fx.GraphModule):

@@ -140,7 +140,7 @@ class Change:
             return {**common, "layers": layers}
         return {
             **common,
-            "options": {name: value for name, value in self.options.items() if _plain(value)},
+            "options": {name: _listed(value) for name, value in self.options.items() if _plain(value)},
             "init": self.init,
             "ranks": None if self.source.ranks is None else sorted(self.source.ranks),
         }
@@ -187,7 +187,14 @@ class Merge:
 
 
 def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _listed(value: Any) -> Any:
+    """``value`` as JSON gives it back."""
+    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import Refusal
-from normswap.spec import Norm
+from normswap.spec import SPACE, Norm
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -58,6 +58,13 @@ def channels_first(norm: Norm, kind: str) -> None:
         raise Refusal(f"it normalizes the trailing axes ({shape}) together; {kind} works per channel of axis 1")
     if norm.channel_axis != 1:
         raise Refusal(f"its channels are on the last axis; {kind} has them on axis 1")
+
+
+def is_instance(norm: Norm) -> bool:
+    """Whether it normalizes every sample and channel by its own mean and biased variance."""
+    own = norm.pools == SPACE or ("channel" in norm.pools and norm.groups == norm.channels)
+    own = own and not norm.mixes and not norm.has_statistics
+    return own and norm.centred and norm.spread == "variance" and norm.correction == 0
 
 
 def single_rank(norm: Norm) -> int | None:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import Refusal
-from normswap.norms.adopt import like
+from normswap.norms.adopt import is_instance, like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.tracked import TrackedNorm, assemble, fields, pooled, together
 from normswap.registry import builds, reads
-from normswap.spec import SPACE, Norm, scale_shift
+from normswap.spec import Norm, scale_shift
 
 
 class _Share(torch.autograd.Function):
@@ -150,8 +150,7 @@ def build(
     module = assemble(norm, "batch_instance", CLASSES, **together(norm, synchronised, process_group))
     share = torch.ones(norm.channels, **like(norm))
     if init == "preserve" and scale_shift(norm) is None:
-        instance = norm.pools == SPACE or ("channel" in norm.pools and norm.groups == norm.channels)
-        if not (instance and norm.centred and norm.spread == "variance" and norm.correction == 0):
+        if not is_instance(norm):
             raise Refusal("a batch-instance norm cannot compute the same (init='preserve'); use init='copy'")
         share.zero_()
     module.share = nn.Parameter(share)

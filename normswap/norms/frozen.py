@@ -73,6 +73,8 @@ def build(norm: Norm) -> nn.Module:
     if norm.gates is None and not norm.has_statistics:
         raise Refusal("it has no running statistics to freeze")
     if scale_shift(norm) is None:
+        if norm.form is not None:
+            raise Refusal(f"{norm.kind} is no fixed affine, whatever its running statistics")
         raise Refusal("its gates mix in the input's own moments: it is no fixed affine")
     module = FrozenBatchNorm(0, eps_of(norm))
     module.num_features = norm.channels

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from normswap.errors import NormswapError
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
+from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import BatchTrained, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, Norm, virtual_batches
@@ -49,7 +50,7 @@ class GhostBatchNorm(BatchTrained):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,

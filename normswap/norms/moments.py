@@ -140,8 +140,9 @@ def _plainly(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """:func:`normalize` in operations that torch differentiates, compiles and exports by itself."""
+def measured(x: Tensor) -> tuple[Tensor, Tensor, Moments]:
+    """``(centred, base, moments)`` in plain operations: ``x`` as ``(N, C, L)`` in the working precision less its mean
+    ``base``, ``(N, C)``."""
     small = fine(x.device)
     flat = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)).to(wide(x.dtype))  # (N, C, L)
     values = flat if flat.shape[2] else torch.nn.functional.pad(flat, (0, 1))  # Means of none are not a number.
@@ -149,12 +150,20 @@ def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tenso
     centred = values - shift
     rest, square = centred.mean(2).to(small), centred.square().mean(2).to(small)
     base = shift.squeeze(2).to(small)
-    moments = Moments(base + rest, (square - rest.square()).clamp(min=0), flat.shape[2])
+    return (
+        centred[..., : flat.shape[2]],
+        base,
+        Moments(base + rest, (square - rest.square()).clamp(min=0), flat.shape[2]),
+    )
+
+
+def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`normalize` in operations that torch differentiates, compiles and exports by itself."""
+    centred, base, moments = measured(x)
     scale, offset, seen = function(moments, *tensors)
     offset = offset + scale * base
-    scale, offset = (each.expand_as(base).to(flat.dtype).unsqueeze(2) for each in (scale, offset))
-    out = (centred[..., : flat.shape[2]] * scale + offset).to(x.dtype).reshape(x.shape)
-    return out, tuple(each.detach() for each in seen)
+    scale, offset = (each.expand_as(base).to(centred.dtype).unsqueeze(2) for each in (scale, offset))
+    return (centred * scale + offset).to(x.dtype).reshape(x.shape), tuple(each.detach() for each in seen)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from normswap.errors import NormswapError
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
+from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import BatchTrained, assemble, fields, pooled, together
 from normswap.registry import builds, reads
 from normswap.spec import Norm
@@ -82,7 +83,7 @@ class BatchRenorm(BatchTrained):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.01,
+        momentum: Momentum = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
+from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import TrackedNorm, assemble, check_flag, fields, pooled, together
 from normswap.registry import builds, reads
 from normswap.spec import MAP, SPACE, Norm, scale_shift
@@ -84,7 +85,7 @@ class SwitchableNorm(TrackedNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,

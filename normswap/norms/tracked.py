@@ -1,7 +1,8 @@
 """What the layers on :mod:`normswap.norms.moments` share: torch's constructor, running statistics, building.
 
 Running statistics follow ``nn.BatchNorm2d``: ``momentum`` is the weight of the new batch, ``None`` makes a cumulative
-mean; without ``track_running_stats`` there are none, and eval mode takes the moments of the batch too."""
+mean, and it may be a schedule of :mod:`normswap.norms.momentum`; without ``track_running_stats`` there are none, and
+eval mode takes the moments of the batch too."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from normswap.errors import NormswapError
 from normswap.norms.adopt import adopt_affine, adopt_statistics, channels_first, dimensions
 from normswap.norms.batch import eps_of
+from normswap.norms.moments import Coefficients, Moments, affine
+from normswap.norms.momentum import Momentum, Schedule, share_of
 from normswap.norms.processes import Across, check_group, several
 from normswap.spec import BATCH, Norm
 
@@ -35,10 +38,10 @@ def check_input(x: Tensor, channels: int, dims: frozenset[int] | None, least: in
         raise ValueError(f"expected {channels} channels on axis 1 (got {x.shape[1]})")
 
 
-def next_share(counter: Tensor, momentum: float | None, like: Tensor) -> Tensor:
+def next_share(counter: Tensor, momentum: Momentum, like: Tensor) -> Tensor:
     """Count one more batch; its weight in the running statistics, in the dtype of ``like``."""
     counter.add_(1)
-    return 1.0 / counter.to(like.dtype) if momentum is None else like.new_full((), momentum)
+    return share_of(momentum, counter, like.dtype)
 
 
 class TrackedNorm(nn.Module):
@@ -67,7 +70,7 @@ class TrackedNorm(nn.Module):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,
@@ -153,16 +156,25 @@ class BatchTrained(TrackedNorm):
         raise NotImplementedError
 
 
+def batch_normalized(moments: Moments, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Coefficients:
+    """Scale and shift by the moments of the batch, which are wanted back."""
+    seen = moments.over_batch()
+    return affine(*seen, weight, bias, eps, seen)
+
+
 _T = TypeVar("_T", bound=TrackedNorm)
 
 
 def fields(module: TrackedNorm) -> dict[str, Any]:
     """The fields of a ``Norm`` that every such layer has."""
+    momentum = module.momentum
+    schedule = momentum if isinstance(momentum, Schedule) else None
     return {
         "channels": module.num_features,
         "ranks": module.dims,
         "eps": module.eps,
-        "momentum": module.momentum,
+        "momentum": momentum if schedule is None else schedule.last,
+        "schedule": schedule,
         "weight": module.weight,
         "bias": module.bias,
         "running_mean": module.running_mean,
@@ -186,12 +198,19 @@ def together(norm: Norm, synchronised: bool | None, process_group: Any) -> dict[
     return {"synchronised": synchronised, "process_group": process_group}
 
 
-def assemble(norm: Norm, kind: str, classes: tuple[type[_T], ...], *, tracked: bool = True, **options: Any) -> _T:
+def momentum_of(norm: Norm) -> Momentum:
+    """The momentum of a layer that takes over from ``norm``: its schedule, where it has one."""
+    if "batch" not in norm.pools:
+        return 0.1
+    return norm.momentum if norm.schedule is None else norm.schedule
+
+
+def assemble(norm: Norm, kind: str, classes: tuple[type[_T], ...], /, *, tracked: bool = True, **options: Any) -> _T:
     """A layer with the affine of ``norm``, and its statistics where ``tracked``.
 
     ``classes``: that for any rank, then those for 1, 2 and 3 spatial dimensions."""
     channels_first(norm, kind)
-    momentum = norm.momentum if "batch" in norm.pools else 0.1
+    momentum = momentum_of(norm)
     cls = classes[dimensions(norm) or 0]
     module = cls(norm.channels, eps_of(norm), momentum, affine=False, track_running_stats=False, **options)
     module.affine = norm.weight is not None or norm.bias is not None
@@ -220,6 +239,7 @@ def batch_average(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, training, momentum, before in modes:
             norm.training, norm.momentum = training, momentum
-            if int(norm.num_batches_tracked) == 0:
-                for name, values in before.items():
-                    getattr(norm, name).copy_(values)
+            idle = norm.num_batches_tracked == 0
+            for name, values in before.items():
+                now = getattr(norm, name)
+                now.copy_(torch.where(idle.reshape((*idle.shape, *[1] * (now.dim() - idle.dim()))), values, now))

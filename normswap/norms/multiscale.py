@@ -1,0 +1,220 @@
+r"""Multiscale normalization: moments of the map, of its quarters, of their quarters, mixed by learned weights.
+
+At scale :math:`s` each spatial axis of length :math:`L` is cut into :math:`s` parts, position :math:`i` being in part
+:math:`\lfloor i s / L \rfloor`, as in a spatial pyramid (He et al., arXiv 1406.4729); a position :math:`p` takes the
+mean :math:`m_s(p)` and biased variance :math:`v_s(p)` of its own channel over its cell. These are mixed as in
+switchable normalization (Luo et al., arXiv 1806.10779), with softmax weights :math:`\lambda` for means and
+:math:`\lambda'` for variances:
+
+.. math::  y_p = \frac{x_p - \sum_s \lambda_s m_s(p)}{\sqrt{\sum_s \lambda'_s v_s(p) + \varepsilon}} \; w + b .
+
+Scale 1 alone is instance normalization. There are no statistics of batches. No paper has this very layer; it joins
+these two. Each scale divides the next, so that a cell is made of whole cells of the next scale, and only the finest
+are measured on the map. Computed in plain operations on the map less the mean of each sample and channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError, Refusal
+from normswap.norms.adopt import is_instance, like
+from normswap.norms.momentum import Momentum
+from normswap.norms.passes import wide
+from normswap.norms.tracked import TrackedNorm, assemble, check_input, fields
+from normswap.registry import builds, reads
+from normswap.spec import GATE_TOLERANCE, SPACE, Form, Norm
+
+SCALES = (1, 2, 4)
+SHUT = 40.0
+"""A gate so far above the others leaves them nothing in float64."""
+
+
+def check_scales(scales: Sequence[int] | str) -> tuple[int, ...]:
+    """``(1, 2, 4)`` from that or from ``"1,2,4"``. Raises :class:`NormswapError` for no chain of divisors."""
+    given: Any = scales.split(",") if isinstance(scales, str) else scales
+    try:
+        found = tuple(int(each) for each in given)
+    except (TypeError, ValueError):
+        found = ()
+    chain = all(0 < a < b and b % a == 0 for a, b in pairwise(found))
+    if not found or found[0] < 1 or not chain or (not isinstance(scales, str) and list(scales) != list(found)):
+        raise NormswapError(f"scales={scales!r}: they are whole numbers that each divide the next, as in 1,2,4")
+    return found
+
+
+def members(length: int, parts: int, like: Tensor) -> Tensor:
+    """Which part each position of an axis is in, ``(length, parts)`` of zeros and ones."""
+    part = torch.arange(length, device=like.device) * parts // length
+    return (part.unsqueeze(1) == torch.arange(parts, device=like.device)).to(like.dtype)
+
+
+def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``x`` of shape ``(N, C, *S)`` times a matrix on each spatial axis."""
+    for axis, matrix in enumerate(matrices, 2):
+        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    return x
+
+
+def mixed(mean: Tensor, var: Tensor, count: Tensor, scales: Sequence[int], gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance for each of the finest cells, mixed over all scales; ``gates``, ``(2, K)``, are logits.
+
+    ``mean``, ``var``: of the finest cells, ``(N, C, *cells)``; ``count``: their positions, ``(1, 1, *cells)``."""
+    shares = gates.softmax(1)
+    total, spread = mean * shares[0, -1], var * shares[1, -1]
+    for index, scale in enumerate(scales[:-1]):
+        inside = [members(scales[-1], scale, mean)] * (mean.dim() - 2)
+        outside = [matrix.t() for matrix in inside]
+        positions = along(count, inside).clamp(min=1)
+        centre = along(along(mean * count, inside) / positions, outside)
+        around = along((var + (mean - centre).square()) * count, inside) / positions
+        total = total + centre * shares[0, index]
+        spread = spread + along(around, outside) * shares[1, index]
+    return total, spread
+
+
+class MultiscaleNorm(TrackedNorm):
+    """Multiscale normalization of ``(N, C, *S)``, any rank of at least 3.
+
+    The arguments are those of ``nn.BatchNorm2d``; ``momentum`` and ``track_running_stats`` are taken for its sake and
+    do nothing, since there are no running statistics. Parameters ``weight``, ``bias`` of shape ``(num_features,)`` and
+    the logits ``mean_gate``, ``var_gate``, one for each of ``scales``. Raises :class:`NormswapError` for scales of
+    which one does not divide the next, ``ValueError`` for an input of another rank."""
+
+    mean_gate: Tensor
+    var_gate: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Momentum = None,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        scales: Sequence[int] | str = SCALES,
+    ) -> None:
+        self.scales = check_scales(scales)
+        super().__init__(num_features, eps, momentum, affine, False, device, dtype, bias=bias)
+
+    def _more_parameters(self, where: dict[str, Any]) -> None:
+        self.mean_gate = nn.Parameter(torch.zeros(len(self.scales), **where))
+        self.var_gate = nn.Parameter(torch.zeros(len(self.scales), **where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.num_features, self.dims, least=3)
+        if x.numel() == 0:
+            return x + sum(p.to(x.dtype).sum() for p in self.parameters())
+        values, space = x.to(wide(x.dtype)), tuple(range(2, x.dim()))
+        values = values - values.detach().mean(space, keepdim=True)
+        inside = [members(x.shape[axis], self.scales[-1], values) for axis in space]
+        outside = [matrix.t() for matrix in inside]
+        count = along(torch.ones_like(values[:1, :1]), inside)
+        mean = along(values, inside) / count.clamp(min=1)
+        var = along((values - along(mean, outside)).square(), inside) / count.clamp(min=1)
+        gates = torch.stack((self.mean_gate, self.var_gate)).to(values.dtype)
+        mean, var = mixed(mean, var, count, self.scales, gates)
+        each = (-1, *[1] * len(space))
+        scale = torch.rsqrt(var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight.to(scale.dtype).reshape(each)
+        shift = -mean * scale
+        shift = shift if self.bias is None else shift + self.bias.to(scale.dtype).reshape(each)
+        return torch.addcmul(along(shift, outside), values, along(scale, outside)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, scales={self.scales}, eps={self.eps}, affine={self.affine}"
+
+
+class MultiscaleNorm1d(MultiscaleNorm):
+    """Multiscale normalization of ``(N, C, L)``."""
+
+    dims = frozenset({3})
+
+
+class MultiscaleNorm2d(MultiscaleNorm):
+    """Multiscale normalization of ``(N, C, H, W)``."""
+
+    dims = frozenset({4})
+
+
+class MultiscaleNorm3d(MultiscaleNorm):
+    """Multiscale normalization of ``(N, C, D, H, W)``."""
+
+    dims = frozenset({5})
+
+
+CLASSES = (MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d, MultiscaleNorm3d)
+
+
+@dataclass(frozen=True, eq=False)
+class ScalesForm(Form):
+    mean_gate: Tensor
+    var_gate: Tensor
+    scales: tuple[int, ...]
+
+    loses = "weights of the scales"
+
+    def output(self, x: Tensor, norm: Norm, eps: float, training: bool) -> Tensor:
+        mean, var = torch.zeros_like(x), torch.zeros_like(x)
+        gates = [gate.detach().to(x).softmax(0) for gate in (self.mean_gate, self.var_gate)]
+        for of_mean, of_var, scale in zip(*gates, self.scales, strict=True):
+            parts = [[torch.arange(n) * scale // n == part for part in range(scale)] for n in x.shape[2:]]
+            for chosen in product(*parts):
+                if not all(bool(axis.any()) for axis in chosen):
+                    continue
+                place = torch.ones((), dtype=torch.bool)
+                for axis in chosen:
+                    place = place.unsqueeze(-1) & axis
+                cell = x[:, :, place]
+                mean[:, :, place] += of_mean * cell.mean(2, keepdim=True)
+                var[:, :, place] += of_var * cell.var(2, correction=0, keepdim=True)
+        out = (x - mean) / (var + eps).sqrt()
+        each = (1, -1, *[1] * (x.dim() - 2))
+        out = out if norm.weight is None else out * norm.weight.detach().to(x).reshape(each)
+        return out if norm.bias is None else out + norm.bias.detach().to(x).reshape(each)
+
+    def plain(self, norm: Norm) -> Norm | None:
+        """Of scale 1 alone, an instance norm."""
+        if self.scales[0] != 1 or self.mean_gate.is_meta:
+            return None
+        first = min(float(gate.detach().double().softmax(0)[0]) for gate in (self.mean_gate, self.var_gate))
+        return replace(norm, form=None) if first >= 1 - GATE_TOLERANCE else None
+
+
+@reads(*CLASSES)
+def read(module: MultiscaleNorm) -> Norm:
+    form = ScalesForm(module.mean_gate, module.var_gate, module.scales)
+    return Norm("multiscale", pools=SPACE, form=form, **fields(module))
+
+
+@builds("multiscale")
+def build(
+    norm: Norm,
+    *,
+    scales: Sequence[int] | str | None = None,
+    init: Literal["copy", "preserve", "reset"] = "copy",
+) -> MultiscaleNorm:
+    """``scales``: 1, 2 and 4, or those that the norm has. ``init="preserve"``, for an instance norm: scale 1 alone; the
+    gradient of the gates is then nothing."""
+    form = norm.form if isinstance(norm.form, ScalesForm) else None
+    chosen = check_scales((SCALES if form is None else form.scales) if scales is None else scales)
+    if norm.ranks is not None and 2 in norm.ranks:
+        raise Refusal("its input is or may be (N, C), where a cell is a single value; example_inputs settle it")
+    if init == "preserve" and (chosen[0] != 1 or not is_instance(norm)):
+        raise Refusal("a multiscale norm cannot compute the same (init='preserve'); use init='copy'")
+    module = assemble(norm, "multiscale", CLASSES, tracked=False, scales=chosen)
+    kept = form is not None and form.scales == chosen and init != "preserve"
+    for name in ("mean_gate", "var_gate"):
+        gate = getattr(form, name) if kept else torch.zeros(len(chosen), **like(norm))
+        if init == "preserve":
+            gate[0] = SHUT
+        setattr(module, name, gate if isinstance(gate, nn.Parameter) else nn.Parameter(gate))
+    return module

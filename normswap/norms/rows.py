@@ -1,0 +1,52 @@
+"""An affine, or statistics, for each of several classes: tensors ``(K, C)``, and the one row that stands for all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normswap.errors import NormswapError
+from normswap.norms.adopt import parameter
+from normswap.spec import Norm
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise :class:`NormswapError` for a number of classes that is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise NormswapError(f"{name}={value!r}: it must be a whole number of at least 1")
+
+
+def alike(*several: Tensor | None) -> bool:
+    """Whether all rows of each tensor are equal."""
+    return all(t is None or t.is_meta or torch.equal(t.detach(), t.detach()[:1].expand_as(t)) for t in several)
+
+
+def nearest(rows: Tensor | None) -> Tensor | None:
+    """The row that all are, or their mean: ``(C,)``, a tensor of its own."""
+    if rows is None:
+        return None
+    values = rows.detach()
+    row = values[0].clone() if alike(rows) else values.double().mean(0).to(rows.dtype)
+    return row.requires_grad_(rows.requires_grad)
+
+
+def repeated(tensor: Tensor | None, count: int) -> Tensor | None:
+    """``count`` rows of ``tensor``, each the same."""
+    return None if tensor is None else tensor.detach().expand(count, *tensor.shape).clone()
+
+
+def repeated_parameter(norm: Norm, name: str, count: int) -> nn.Parameter | None:
+    """The weight or bias of ``norm`` for each of ``count`` classes."""
+    tensor: Tensor | None = getattr(norm, name)
+    if tensor is None:
+        return None
+    own = parameter(tensor, norm)
+    return nn.Parameter(own.detach().expand(count, -1).clone(), requires_grad=own.requires_grad)
+
+
+def chosen(rows: Tensor | None, choice: Tensor) -> Tensor | None:
+    """The rows ``(1 or N, C)`` for indices ``(1 or N,)``, or mixed with weights ``(1 or N, K)``."""
+    if rows is None:
+        return None
+    choice = choice.to(rows.device)
+    return choice.to(rows.dtype) @ rows if choice.is_floating_point() else rows[choice]

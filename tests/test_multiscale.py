@@ -1,0 +1,94 @@
+"""Multiscale normalization: cells of a pyramid, mixed by learned weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normswap import NormswapError, apply_recipe, plan_convert
+from normswap.norms.multiscale import MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d
+from tests.support import distance, randomise, sample
+from tests.test_layers import EPS, affine, whitened
+
+
+def formula(x: Tensor, module: Any) -> Tensor:
+    """Of maps, position by position."""
+    out = torch.empty_like(x)
+    means, variances = module.mean_gate.softmax(0), module.var_gate.softmax(0)
+    height, width = x.shape[2:]
+    for i in range(height):
+        for j in range(width):
+            mean, var = torch.zeros(x.shape[:2]).double(), torch.zeros(x.shape[:2]).double()
+            for index, scale in enumerate(module.scales):
+                rows = [r for r in range(height) if r * scale // height == i * scale // height]
+                columns = [c for c in range(width) if c * scale // width == j * scale // width]
+                cell = x[:, :, rows][..., columns]
+                mean = mean + means[index] * cell.mean((2, 3))
+                var = var + variances[index] * cell.var((2, 3), correction=0)
+            out[:, :, i, j] = (x[:, :, i, j] - mean) / torch.sqrt(var + EPS)
+    return affine(out, module)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (3, 6), (1, 2)], ids=str)
+@pytest.mark.parametrize("scales", [(1, 2, 4), (2, 6), (1,)], ids=str)
+def test_formula(size: tuple[int, int], scales: tuple[int, ...]) -> None:
+    module = randomise(MultiscaleNorm2d(4, scales=scales).double())
+    x = sample(2, 4, *size)
+    for training in (True, False):
+        assert distance(module.train(training)(x), formula(x, module)) < 1e-10
+    assert set(module.state_dict()) == {"weight", "bias", "mean_gate", "var_gate"}
+
+
+def test_scale_one_is_instance_normalization_in_any_rank() -> None:
+    for shape in ((3, 4, 7), (3, 4, 5, 6), (2, 4, 3, 4, 5)):
+        module = randomise(MultiscaleNorm(4, scales="1").double())
+        x = sample(*shape)
+        assert distance(module(x), affine(whitened(x, tuple(range(2, x.dim()))), module)) < 1e-10
+
+
+def test_gates_learn_the_scale() -> None:
+    x = sample(2, 4, 8, 8)
+    wanted = torch.cat([torch.cat([whitened(q, (2, 3)) for q in half.split(4, 3)], 3) for half in x.split(4, 2)], 2)
+    module = MultiscaleNorm2d(4, scales=(1, 2)).double()
+    optimizer = torch.optim.Adam([module.mean_gate, module.var_gate], lr=1.0)
+    before = float((module(x) - wanted).detach().square().mean())
+    for _ in range(15):
+        optimizer.zero_grad()
+        (module(x) - wanted).square().mean().backward()
+        optimizer.step()
+    assert module.mean_gate[1] - module.mean_gate[0] > 3
+    assert float((module(x) - wanted).detach().square().mean()) < 1e-2 * before
+
+
+def test_conversion() -> None:
+    x = sample(2, 8, 5, 6)
+    instance = nn.Sequential(randomise(nn.InstanceNorm2d(8, affine=True).double()))
+    plan = plan_convert(instance, "multiscale")
+    assert plan.changes[0].exactness == "approximate"
+    preserved = plan_convert(instance, "multiscale", init="preserve")
+    assert preserved.changes[0].exactness == "exact"
+    assert distance(preserved.apply()(x), instance(x)) < 1e-10
+    back = plan_convert(preserved.apply(), "instance")
+    assert (back.changes[0].exactness, back.changes[0].lost) == ("exact", ("weights of the scales",))
+    assert torch.equal(back.apply()(x), instance(x))
+    batch = nn.Sequential(nn.BatchNorm2d(8))
+    assert "cannot compute the same" in plan_convert(batch, "multiscale", init="preserve").skips[0].reason
+    assert "may be (N, C)" in plan_convert(nn.Sequential(nn.BatchNorm1d(8)), "multiscale").skips[0].reason
+    for scales in ("1,3", [1, 3], (1, 3)):
+        plan = plan_convert(batch, "multiscale", scales=scales)
+        made, again = plan.apply(), apply_recipe(batch, json.loads(json.dumps(plan.recipe)))
+        again.load_state_dict(made.state_dict(), strict=True)
+        assert again[0].scales == made[0].scales == (1, 3)
+    randomise(made)
+    assert plan_convert(made, "multiscale", scales=(1, 3)).skips[0].reason.startswith("it already is")
+    assert plan_convert(made, "multiscale", scales=(1, 2)).changes[0].exactness == "approximate"
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2, 3), (4, 2), (1, 1), "1,a", 2, (1.5,), "x"], ids=str)
+def test_no_scales(bad: Any) -> None:
+    with pytest.raises(NormswapError, match=r"scales=.*each divide the next"):
+        MultiscaleNorm1d(8, scales=bad)
