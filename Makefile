@@ -46,9 +46,10 @@ bench: $(VENV)/.test  ## measure time and memory against named peers
 	$(BIN)/python scripts/bench.py convert
 	$(BIN)/python scripts/bench.py fold
 
-fuzz: $(VENV)/.test  ## fold random networks, compare them with the originals; read malformed files (COUNT=10000 SEED=0)
+fuzz: $(VENV)/.test  ## fold random networks, compare them with the originals; read malformed files, kill conversions (COUNT=10000 SEED=0)
 	$(BIN)/python scripts/fuzz.py --count $(COUNT) --seed $(SEED)
 	$(BIN)/python scripts/fuzz_files.py --seed $(SEED)
+	$(BIN)/python scripts/crash_files.py --seed $(SEED)
 
 clean:  ## remove what the targets made, the environment too
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

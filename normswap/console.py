@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from normswap import report
@@ -28,6 +29,18 @@ def working(message: str) -> Iterator[None]:
     status = Console(stderr=True).status(message) if sys.stderr.isatty() else contextlib.nullcontext()
     with status, contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+@contextlib.contextmanager
+def writing(message: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how much is done, at what rate, and how long the rest takes; nothing where no one watches."""
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), DownloadColumn(),
+        TransferSpeedColumn(), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(message, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(result: report.Report, record: dict[str, object], as_json: bool) -> None:

@@ -7,8 +7,8 @@ name and SHA-256, and the key of the state dict where it was nested: the recipe 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from normswap.checkpoints.lazy import LazyTensors, shape_of
 from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.spans import Origin
 from normswap.checkpoints.training import Parameters, with_state
+from normswap.checkpoints.transfer import Progress, silent
 from normswap.checkpoints.words import first
-from normswap.checkpoints.writing import SUFFIXES, check_folder, is_folder, write, write_folder
+from normswap.checkpoints.writing import SUFFIXES, check_folder, is_folder, write_file, write_folder
 from normswap.errors import NormswapError
-from normswap.files import check_output, whole_file
+from normswap.files import check_output, clear, whole_file
 from normswap.provenance import RECIPE, VERSION
 from normswap.version import __version__
 
@@ -43,7 +45,7 @@ def check_destination(path: Path, *, force: bool, inputs: Sequence[Path] = ()) -
         raise NormswapError(f"output {path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     check_output(path, force=force, inputs=inputs)
     if path.suffix != ".safetensors":
-        check_output(recipe_path(path), force=force)
+        check_output(recipe_path(path), force=force or _orphan(path))
 
 
 def parameters_of(tensors: Mapping[str, Any], fixed: Sequence[str] = ()) -> Parameters:
@@ -73,63 +75,106 @@ def deliver(
     after: Parameters,
     force: bool = False,
     max_shard_size: int | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    untouched: bool = False,
 ) -> tuple[list[Path], list[str]]:
     """Write ``state`` and its ``recipes``; the paths written, and notes on what became of the rest of ``read``.
 
-    ``before`` and ``after`` are the parameters, for the state of an optimizer. The files appear all or none: after a
-    failure or an interrupt a recipe beside ``output`` is as it was. Raises :class:`NormswapError` as
-    :func:`normswap.checkpoint.write` does, and for ``max_shard_size`` with a single file.
+    ``before`` and ``after`` are the parameters, for the state of an optimizer. ``untouched`` promises that no tensor of
+    ``read`` was changed in memory, so that its bytes may be taken from the file. The files appear all or none: after a
+    failure or an interrupt a recipe beside ``output`` is as it was. ``resume`` is for a folder, see
+    :func:`normswap.checkpoints.writing.write_folder`. Raises :class:`NormswapError` as
+    :func:`normswap.checkpoint.write` does, and for ``max_shard_size`` or ``resume`` with a single file.
     """
     files = () if read is None else read.files
-    recipes = [*recipes[:-1], _signed(recipes[-1], read)]
-    text = json.dumps(recipes, indent=1)
-    metadata = {} if read is None else {k: v for k, v in read.metadata.items() if k != "format"}
-    metadata |= {RECIPE: text, VERSION: __version__}
-    notes = []
+    origin = Origin.of(read) if untouched else Origin(files)
+
+    def text(digest: str) -> str:
+        return json.dumps([*recipes[:-1], _signed(recipes[-1], read, digest)], indent=1)
+
+    def metadata(digest: str) -> dict[str, str]:
+        kept = {} if read is None else {name: value for name, value in read.metadata.items() if name != "format"}
+        return {**kept, RECIPE: text(digest), VERSION: __version__}
+
+    notes: list[str] = []
     if read is not None and read.left_out and (is_folder(output) or output.suffix == ".safetensors"):
         notes.append(f"not in {output}: {first(read.left_out)}, for .safetensors holds tensors alone; .pt keeps them")
     if is_folder(output):
         beside = None if read is None else read.folder
         tensors = state if isinstance(state, LazyTensors) else {k: v for k, v in state.items() if isinstance(v, Tensor)}
         paths = write_folder(
-            output, tensors, metadata=metadata, max_shard_size=max_shard_size, inputs=files, beside=beside
-        )
+            output, tensors, metadata=metadata, max_shard_size=max_shard_size, inputs=files, beside=beside,
+            origin=origin, progress=progress, resume=resume, note=notes.append,
+        )  # fmt: skip
         return paths, notes
-    if max_shard_size is not None:
-        raise NormswapError(f"{output} is one file: a size of shards needs a folder as output, such as {output.stem}/")
+    for given, what in ((max_shard_size is not None, "a size of shards"), (resume, "to resume")):
+        if given:
+            raise NormswapError(f"{output} is one file: {what} needs a folder as output, such as {output.stem}/")
+    notes += [f"removed {path}, left by an interrupted run" for path in clear(output.resolve())]
     if output.suffix == ".safetensors":
         if read is not None and read.whole is not None:
             state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        write(output, state, force=force, metadata=metadata, inputs=files)
+        write_file(output, state, force=force, metadata=metadata, inputs=files, origin=origin, progress=progress)
         return [output], notes
     whole = None
     if read is not None and read.key is not None:
-        whole, notes = with_state(read.whole, read.key, state, before, after)
-    beside = recipe_path(output)
-    old = beside.read_bytes() if beside.exists() else None
-    with whole_file(beside, force=force) as file:
-        file.write_text(text, encoding="utf-8")
+        whole, more = with_state(read.whole, read.key, state, before, after)
+        notes += more
+    recipe = _Recipe(recipe_path(output), force or _orphan(output))
     try:
-        write(output, state, force=force, inputs=files, whole=whole)
+        write_file(
+            output, state, force=force, inputs=files, whole=whole, origin=origin, progress=progress,
+            beside=lambda digest, file: recipe.write(text(digest), file),
+        )  # fmt: skip
     except BaseException:
-        beside.unlink()
-        if old is not None:
-            with whole_file(beside) as file:
-                file.write_bytes(old)
+        recipe.undo(output)
         raise
-    return [output, beside], notes
+    return [output, recipe.path], notes
 
 
-def _signed(recipe: Recipe, read: Checkpoint | None) -> Recipe:
+class _Recipe:
+    """The file beside a checkpoint, written just before that is put in place."""
+
+    def __init__(self, path: Path, force: bool) -> None:
+        check_output(path, force=force)
+        self.path, self.force, self.written = path, force, False
+        self.old = path.read_bytes() if path.exists() else None
+        self.checkpoint: os.stat_result
+
+    def write(self, text: str, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint.stat()
+        with whole_file(self.path, force=self.force) as file:
+            file.write_text(text, encoding="utf-8")
+            self.written = True
+
+    def undo(self, output: Path) -> None:
+        """Unless the interrupt came when the checkpoint was already in place."""
+        if not self.written or (output.exists() and os.path.samestat(output.stat(), self.checkpoint)):
+            return
+        if self.old is None:
+            self.path.unlink(missing_ok=True)
+            return
+        with whole_file(self.path, force=True) as file:
+            file.write_bytes(self.old)
+
+
+def _orphan(output: Path) -> bool:
+    """Whether a recipe of ours is there and its checkpoint is not: a run was killed just when it put both in place."""
+    if os.path.lexists(output):
+        return False
+    try:
+        recipes = json.loads(recipe_path(output).read_bytes())
+        return isinstance(recipes, list) and {"steps", "source"} <= recipes[-1].keys()
+    except (OSError, ValueError, RecursionError, IndexError, AttributeError):
+        return False
+
+
+def _signed(recipe: Recipe, read: Checkpoint | None, digest: str) -> Recipe:
     if read is None:
         return recipe
-    digest = hashlib.sha256()
-    for path in read.files:
-        with path.open("rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
     key = {} if read.key is None else {"key": read.key}
-    return {**recipe, "source": {"file": read.path.name, "sha256": digest.hexdigest(), **key}}
+    return {**recipe, "source": {"file": read.path.name, "sha256": digest, **key}}
 
 
 def as_in_file(read: Checkpoint, tensors: Mapping[str, Any], versions: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normswap import engine, report
 from normswap.arguments import parse_inputs
 from normswap.calibration import Calibration
-from normswap.console import CHECK_FAILED, say, working
+from normswap.console import CHECK_FAILED, say, working, writing
 from normswap.errors import NormswapError
 from normswap.files import check_output
 from normswap.reporting import check_report, write_report
@@ -91,6 +91,7 @@ def carry_out(
     as_json: bool,
     force: bool,
     shard_size: int | None = None,
+    resume: bool = False,
 ) -> None:
     """Show the plan; unless dry, apply it, calibrate and compare where asked, and write."""
     record: dict[str, object] = {
@@ -125,9 +126,12 @@ def carry_out(
         if compared:
             verification = compared_with(source.model, changed, check.example, backend="eager", layers=check.layers)
         judge(verification, check, record, title, output, plan, as_json=as_json, force=force, calibration=calibration)
-        with working(f"writing {output}"):
-            said = len(source.notes)
-            written = save_source(source, changed, plan.recipe, output, force=force, max_shard_size=shard_size)
+        said = len(source.notes)
+        with writing(f"writing {output}") as progress:
+            written = save_source(
+                source, changed, plan.recipe, output,
+                force=force, max_shard_size=shard_size, resume=resume, progress=progress,
+            )  # fmt: skip
         record["written"] = [str(path) for path in written]
         for note in source.notes[said:]:
             say(note)

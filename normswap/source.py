@@ -21,6 +21,7 @@ from normswap.checkpoints.keys import Fit, fit_names, names_in_file, renamed_for
 from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.safety import check_statistics
 from normswap.checkpoints.surgery import Surgery, plan_keys
+from normswap.checkpoints.transfer import Progress, silent
 from normswap.delivery import Recipe, as_in_file, deliver, parameters_of, recipe_path
 from normswap.errors import NormswapError
 from normswap.provenance import RECIPE as KEY
@@ -168,13 +169,18 @@ def save_source(
     *,
     force: bool = False,
     max_shard_size: int | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
 ) -> list[Path]:
     """Write ``model`` and the recipes that lead to it; the paths written. Adds to ``source.notes``.
 
     The names and all else of the checkpoint stay as they were in it. All files appear or none.
     """
+    options: dict[str, Any] = {
+        "force": force, "max_shard_size": max_shard_size, "resume": resume, "progress": progress,
+    }  # fmt: skip
     if source.surgery is not None:
-        return _save_keys(source, source.surgery, recipe, output, force, max_shard_size)
+        return _save_keys(source, source.surgery, recipe, output, options)
     state: Any = model.state_dict()
     before, after = dict(source.parameters), {name: tuple(value.shape) for name, value in model.named_parameters()}
     if source.read is not None:
@@ -186,15 +192,13 @@ def save_source(
         state = renamed
     written, notes = deliver(
         output, state, [*source.recipes, recipe], source.read,
-        before=before, after=after, force=force, max_shard_size=max_shard_size,
+        before=before, after=after, **options,
     )  # fmt: skip
     source.notes += notes
     return written
 
 
-def _save_keys(
-    source: Source, surgery: Surgery, recipe: Recipe, output: Path, force: bool, max_shard_size: int | None
-) -> list[Path]:
+def _save_keys(source: Source, surgery: Surgery, recipe: Recipe, output: Path, options: dict[str, Any]) -> list[Path]:
     read = surgery.checkpoint
     before, new = parameters_of(read.tensors), surgery.apply()
     fixed = [
@@ -202,7 +206,7 @@ def _save_keys(
     ]
     written, notes = deliver(
         output, as_in_file(read, new, surgery.versions), [*source.recipes, recipe], read,
-        before=before, after=parameters_of(new, fixed), force=force, max_shard_size=max_shard_size,
+        before=before, after=parameters_of(new, fixed), untouched=True, **options,
     )  # fmt: skip
     source.notes += notes
     return written

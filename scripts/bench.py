@@ -5,6 +5,7 @@
     python scripts/bench.py fold       folding against torch.fx's fuse; memory; growth to 5,000 layers; inference
     python scripts/bench.py calibrate  accuracy kept on digits (``--repeats`` seeds); the cost on ResNet-50
     python scripts/bench.py verify     seeded faults in real models: which are seen, and where; time
+    python scripts/bench.py files      converting checkpoint files against cp: time and memory
 
 Figures are written to a section of a Markdown file with ``--out``. Timed on whatever machine runs it; only the ratios
 travel.
@@ -304,12 +305,19 @@ def bench_verify(repeats: int) -> list[str]:
     return bench_verify.bench(repeats)
 
 
+def bench_files(repeats: int) -> list[str]:
+    from scripts import bench_files
+
+    return bench_files.bench(repeats)
+
+
 BENCHES = {
     "convert": bench_convert,
     "fold": bench_fold,
     "layers": bench_layers,
     "calibrate": bench_calibrate,
     "verify": bench_verify,
+    "files": bench_files,
 }
 
 

@@ -526,9 +526,9 @@ class TestWrite:
     ) -> None:
         written = []
 
-        def interrupted(first: Any, second: Any, *rest: Any) -> None:
-            if isinstance(first, Path):
-                first.write_bytes(b"half")
+        def interrupted(first: Any, second: Any, *rest: Any, **options: Any) -> None:
+            if isinstance(first, list):
+                first[0].write_bytes(b"half")
             else:
                 second.write(b"half")
             written.extend(tmp_path.iterdir())

@@ -256,7 +256,7 @@ class TestFolders:
         assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
 
     def test_nothing_is_left_of_a_folder_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def full(*_: Any) -> None:
+        def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("normswap.checkpoints.writing.write_tensors", full)

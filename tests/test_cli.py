@@ -907,7 +907,7 @@ def test_failed_write_leaves_nothing_new(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(delivery, "write", full)
+    monkeypatch.setattr(delivery, "write_file", full)
     (tmp_path / "out.pt").write_text("old")
     (tmp_path / "out.pt.normswap.json").write_text("old recipe")
     for name, force in (("out.pt", ["--force"]), ("new.pt", [])):

@@ -52,6 +52,8 @@ class Checkpoint:
     """The files it was read from, an index first."""
     folder: Path | None = None
     """The folder that was named instead of a file, whose other files belong to the weights."""
+    parts: tuple[Checkpoint, ...] = field(default=(), repr=False)
+    """The shards, where an index names them."""
 
 
 def read(path: str | os.PathLike[str], *, key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
@@ -130,8 +132,9 @@ def _read_shards(path: Path, key: str | None) -> Checkpoint:
     kind = next(iter(read_all.values())).format
     files = (path, *read_all)
     return Checkpoint(
-        LazyTensors(places, shapes), path, kind, metadata={**inner, **metadata}, versions=versions, files=files
-    )
+        LazyTensors(places, shapes), path, kind, metadata={**inner, **metadata}, versions=versions, files=files,
+        parts=tuple(read_all.values()),
+    )  # fmt: skip
 
 
 def _read_torch(path: Path, kind: str, key: str | None, trust_pickle: bool) -> Checkpoint:

@@ -63,7 +63,9 @@ def skeleton_of(tensors: Mapping[str, Tensor]) -> Skeleton:
         # The same memory under two names is one module; a tensor read when asked for has memory of its own each time.
         places = tuple(value.data_ptr() for value in held.values() if value.numel())
         module = None if isinstance(tensors, LazyTensors) else shared.get(places)
-        module = shared.setdefault(places, _norm(held)) if module is None else module
+        if module is None:
+            # Copies, for what is done to the norm must not be done to the file's own values, which may be mapped.
+            module = shared.setdefault(places, _norm({last: value.clone() for last, value in held.items()}))
         if not name:
             return Skeleton(module, {"": owner}, {}, _notes(counters))
         _place(root, name, module)
@@ -105,7 +107,7 @@ def _refusal(tensors: Mapping[str, Any], owner: str, fields: list[str], groups: 
 
 
 def _norm(held: Mapping[str, Tensor]) -> nn.Module:
-    """Parameters and buffers are those of the file themselves."""
+    """A norm with these parameters and buffers."""
     module = BatchNorm(held["running_mean"].shape[0], affine=False)
     module.affine = "weight" in held or "bias" in held
     for last in ("weight", "bias"):

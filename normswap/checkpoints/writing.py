@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normswap.checkpoints.lazy import replaced
+from normswap.checkpoints.lazy import LazyTensors
 from normswap.checkpoints.places import INDEX, WEIGHTS
-from normswap.checkpoints.streaming import sizes_of, write_tensors
+from normswap.checkpoints.spans import Origin, mapped_tensors, storages_of
+from normswap.checkpoints.streaming import BLANK, Metadata, sizes_of, write_tensors
+from normswap.checkpoints.torchfile import write_archive
+from normswap.checkpoints.transfer import Progress, silent
+from normswap.checkpoints.unfinished import plan_of, unfinished
 from normswap.checkpoints.words import first, line
 from normswap.errors import NormswapError
-from normswap.files import check_output, whole_file
+from normswap.files import check_output, is_directory, whole_file
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 """Of the files that can be written."""
@@ -32,7 +34,7 @@ LARGEST_COPY = 2**26
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether an output names a folder: it ends in a slash, is one, or has no suffix."""
-    return str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix
+    return str(path).endswith(("/", os.sep)) or is_directory(Path(path)) or not Path(path).suffix
 
 
 def parse_size(text: str) -> int:
@@ -69,97 +71,114 @@ def write(
     """
     path = Path(path)
     state: Mapping[str, Any] = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+    write_file(path, state, force=force, metadata=metadata, inputs=inputs, whole=whole)
+
+
+def write_file(
+    path: Path,
+    state: Mapping[str, Any],
+    *,
+    force: bool = False,
+    metadata: Mapping[str, str] | Metadata | None = None,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    whole: Any = None,
+    origin: Origin | None = None,
+    progress: Progress = silent,
+    beside: Callable[[str, Path], None] = lambda digest, file: None,
+) -> None:
+    """:func:`write`, with what is known of the files that ``state`` comes from.
+
+    ``metadata`` may be a function of their digest; ``beside`` is called with it, and with the file,
+    just before that is put in place.
+    """
+    origin = Origin() if origin is None else origin
     if path.suffix not in SUFFIXES:
         raise NormswapError(f"{path}: the name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.suffix == ".safetensors":
-        _check_values(path, state)
-        texts = _strings(path, metadata)
-        with whole_file(path, force=force, inputs=inputs) as file:
-            write_tensors(file, state, texts)
+        check_values(path, state)
+        texts = _late(path, metadata)
+        with whole_file(path, force=force, inputs=inputs, need=sum(sizes_of(state, path).values())) as file:
+            beside(write_tensors([file], [list(state)], state, texts, origin, progress=progress), file)
         return
     if metadata:
         raise NormswapError(f"{path}: a {path.suffix} file has no place for metadata; write .safetensors")
     plain = state if isinstance(state, dict) else dict(state)
+    if isinstance(state, LazyTensors):
+        plain, regions = mapped_tensors(state)
+        origin = Origin(origin.files, [*origin.regions, *regions])
     _no_meta(path, plain)
-    with whole_file(path, force=force, inputs=inputs) as file, _Sink(file) as sink:
+    value = plain if whole is None else whole
+    need = sum(storage.nbytes() for storage in storages_of(value))
+    with whole_file(path, force=force, inputs=inputs, need=need) as file:
         try:
-            torch.save(plain if whole is None else whole, sink)
-        except RuntimeError as error:  # torch's zip writer hides the error of the operating system.
-            if sink.error is not None:
-                raise sink.error from error
+            beside(write_archive(file, value, origin, progress=progress), file)
+        except RuntimeError as error:
             raise NormswapError(f"cannot write {path}: {line(error)}. No partial file was left") from error
-
-
-class _Sink(io.BufferedWriter):
-    """A file that remembers why a write failed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "x"))
-        self.error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
 
 
 def write_folder(
     path: Path,
     tensors: Mapping[str, Tensor],
     *,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | Metadata | None = None,
     max_shard_size: int | None = None,
     inputs: Iterable[Path] = (),
     beside: Path | None = None,
+    origin: Origin | None = None,
+    progress: Progress = silent,
+    resume: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Write a new folder in the Hugging Face layout, whole or not at all, and return the paths of its weights.
 
     It holds ``model.safetensors``, or shards of at most ``max_shard_size`` bytes (a larger tensor is alone in one) and
-    their index, and copies of the small files of the folder ``beside``. Raises :class:`NormswapError` like
-    :func:`write`, and for a folder that exists.
+    their index, and copies of the small files of the folder ``beside``. With ``resume`` the shards that an interrupted
+    run completed are taken over, and an interrupt leaves those that are complete. Raises :class:`NormswapError` like
+    :func:`write`, for a folder that exists, and where there is something else to resume.
     """
+    origin = Origin() if origin is None else origin
     check_folder(path, inputs)
-    _check_values(path, tensors)
-    texts = _strings(path, metadata)
+    check_values(path, tensors)
+    texts = _late(path, metadata)
     sizes = sizes_of(tensors, path)
     shards = _split(sizes, max_shard_size)
     stem, ending = NAME.split(".")
     names = [f"{stem}-{i:05}-of-{len(shards):05}.{ending}" for i in range(1, len(shards) + 1)]
     names = [NAME] if len(shards) == 1 else names
-    temporary: Path | None = None
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", suffix=".tmp", dir=path.resolve().parent))
-        for name, shard in zip(names, shards, strict=True):
-            write_tensors(temporary / name, replaced(tensors, {key: key for key in shard}), texts)
+    plan = plan_of(tensors, dict(zip(names, shards, strict=True)), sizes, texts(BLANK), origin.files)
+    with unfinished(path, plan, resume=resume, need=sum(sizes.values()), note=note) as work:
+        kept = frozenset(index for index, name in enumerate(names) if name in work.complete)
+        places = work.places(names)
+        digest = write_tensors(
+            places, shards, tensors, texts, origin,
+            progress=progress, complete=lambda index: work.completed(names[index]), kept=kept,
+        )  # fmt: skip
         if len(shards) > 1:
-            places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            kept = {key: value for key, value in texts.items() if key != "format"}
-            index = {"metadata": {"total_size": sum(sizes.values()), **kept}, "weight_map": places}
-            (temporary / (NAME + INDEX)).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            texts_kept = {key: value for key, value in texts(digest).items() if key != "format"}
+            index = {"metadata": {"total_size": sum(sizes.values()), **texts_kept}, "weight_map": where}
+            (work.folder / (NAME + INDEX)).write_text(json.dumps(index, indent=2), encoding="utf-8")
             names.append(NAME + INDEX)
         for file in [] if beside is None else _companions(beside):
-            shutil.copyfile(file, temporary / file.name)
-        for file in temporary.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(path.resolve())
-    except OSError as error:
-        raise NormswapError(f"cannot write {path}: {error.strerror or error}. No partial folder was left") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copyfile(file, work.folder / file.name)
     return [path / name for name in names]
 
 
 def check_folder(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Raise :class:`NormswapError` where a folder cannot or must not be written."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise NormswapError(f"{path} exists and is not empty; a folder of shards is only written as a new one")
-    if not path.exists():
+    if not is_directory(path):
+        if os.path.lexists(path):
+            raise NormswapError(f"{path} exists and is no folder; choose another output, or name a file")
         check_output(path, inputs=inputs)
+        return
+    try:
+        empty = not any(path.iterdir())
+    except OSError as error:
+        raise NormswapError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not empty:
+        raise NormswapError(f"{path} exists and is not empty; a folder of shards is only written as a new one")
+    if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
+        raise NormswapError(f"{path}: the folder {path.resolve().parent} must not be written to; choose another output")
 
 
 def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
@@ -180,17 +199,17 @@ def _companions(folder: Path) -> list[Path]:
     return [f for f in files if not f.name.endswith(weights) and f.stat().st_size <= LARGEST_COPY]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _late(path: Path, metadata: Mapping[str, str] | Metadata | None) -> Metadata:
+    """As a function of the digest, with the format that every file names; raises for what is no text."""
 
+    def texts(digest: str) -> dict[str, str]:
+        given = metadata(digest) if callable(metadata) else metadata
+        return {"format": "pt", **(given or {})}
 
-def _strings(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
-    given = {"format": "pt", **(metadata or {})}
-    if wrong := [name for name, value in given.items() if not isinstance(name, str) or not isinstance(value, str)]:
+    wrong = [name for name, value in texts(BLANK).items() if not isinstance(name, str) or not isinstance(value, str)]
+    if wrong:
         raise NormswapError(f"{path}: metadata maps text to text; {first([str(name) for name in wrong])} does not")
-    return given
+    return texts
 
 
 def _no_meta(path: Path, state: Mapping[str, Any]) -> None:
@@ -198,7 +217,7 @@ def _no_meta(path: Path, state: Mapping[str, Any]) -> None:
         raise NormswapError(f"{path}: {first(empty)} have no values to write (meta device); load the weights first")
 
 
-def _check_values(path: Path, state: Mapping[str, Any]) -> None:
+def check_values(path: Path, state: Mapping[str, Any]) -> None:
     held = {name: value for name, value in getattr(state, "places", state).items() if not isinstance(value, Path)}
     _no_meta(path, held)
     if others := [name for name, value in held.items() if not isinstance(value, Tensor)]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,18 +19,55 @@ from normswap.errors import NormswapError
 class Commands(TyperGroup):
     """Turns the library's exceptions into one message and an exit status."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            with _ended_by_signals():
+                return super().main(*args, **options)
+        except SystemExit as end:
+            if isinstance(end.__context__, typer.Abort):  # Interrupted before or after the command itself.
+                raise SystemExit(INTERRUPTED) from None
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except NormswapError as error:
-            _fail(str(error))
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except (NormswapError, OSError) as error:
+            if _signalled.is_set():  # Native code may make another error of an interrupt.
+                say("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
             _fail(str(error))
-        except KeyboardInterrupt:
-            say("interrupted")
+        except KeyboardInterrupt as interrupt:
+            say(f"interrupted{f'; {interrupt}' if interrupt.args else ''}")
             raise typer.Exit(INTERRUPTED) from None
+
+
+_signalled = threading.Event()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a request to end, or the end of the terminal, do what Ctrl-C does: nothing is left half done.
+
+    A signal that is handled or ignored already (``nohup``) stays so.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        _signalled.set()
+        raise KeyboardInterrupt
+
+    taken = {}
+    _signalled.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                taken[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, before in taken.items():
+            signal.signal(number, before)
 
 
 app = typer.Typer(

@@ -22,7 +22,7 @@ from normswap.commands.parameters import (
     TrustPickle,
 )
 from normswap.commands.shared import check_outputs, load
-from normswap.console import say, working
+from normswap.console import say, working, writing
 from normswap.source import fitted_recipe, recipes_in, save_source
 
 
@@ -50,8 +50,8 @@ def apply(
         for each in recipes:
             changed = engine.apply_recipe(changed, fitted_recipe(each, changed), inplace=True)
     source.recipes += recipes[:-1]
-    with working(f"writing {output}"):
-        said = len(source.notes)
-        written = save_source(source, changed, recipes[-1], output, force=force, max_shard_size=size)
+    said = len(source.notes)
+    with writing(f"writing {output}") as progress:
+        written = save_source(source, changed, recipes[-1], output, force=force, max_shard_size=size, progress=progress)
     for note in [*source.notes[said:], *(f"wrote {path}" for path in written)]:
         say(note)

@@ -29,6 +29,7 @@ from normswap.commands.parameters import (
     Partial,
     Replay,
     ReportFile,
+    Resume,
     ShardSize,
     Skip,
     TrustPickle,
@@ -91,6 +92,7 @@ def convert(
     as_json: AsJson = False,
     output: Output = None,
     max_shard_size: ShardSize = None,
+    resume: Resume = False,
     trust_pickle: TrustPickle = False,
     report_to: ReportFile = None,
     force: Force = False,
@@ -125,6 +127,8 @@ def convert(
         return
     check_outputs(output, checkpoint, dry_run, force, report_to)
     size = None if max_shard_size is None else parse_size(max_shard_size)
+    if resume and (model is not None or checkpoint is None):
+        raise NormswapError("--resume is for a checkpoint converted by its keys; with --model all is computed anew")
     if model is None and checkpoint is not None:
         given = {"--model-arg": model_arg, "--input": inputs, "--verify": verify, "--partial": partial, "--data": data}
         need_model(**given)
@@ -136,7 +140,10 @@ def convert(
         assert source.surgery is not None
         plan, check = source.surgery.plan, Check(False, None, report_to)
         check_kinds(plan, kind)
-        carry_out(plan, source, output, check, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)
+        carry_out(
+            plan, source, output, check,
+            dry_run=dry_run, as_json=as_json, force=force, shard_size=size, resume=resume,
+        )  # fmt: skip
         return
     source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)

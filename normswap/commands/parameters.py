@@ -78,6 +78,12 @@ Output = Annotated[
 ShardSize = Annotated[
     str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Of an output folder's files, such as 5GB.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Of an output folder: keep shards that an interrupted run completed, of this one too."
+    ),
+]
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Let the checkpoint run code, if you trust who wrote it.")
 ]
