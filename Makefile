@@ -8,7 +8,7 @@ SEED ?= 0
 BASE := requirements/base.txt requirements/constraints.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check zoo bench fuzz clean
+.PHONY: help demo test check docs zoo bench fuzz clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,10 @@ check: $(VENV)/.test  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.test  ## write docs/cli.md from the commands
+	$(BIN)/python -m normswap.manual > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md
 
 zoo: $(VENV)/.test  ## convert and fold the models of torchvision and timm, into docs/zoo.md
 	$(BIN)/python scripts/zoo.py convert

@@ -73,7 +73,12 @@ def sizes(program: ExportedProgram) -> Sizes:
     ]
 
 
-def save(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the archive, with ``metadata`` as JSON in its extra file; ``path`` may have any name."""
+def save(
+    program: ExportedProgram, path: Path, metadata: Mapping[str, str], extra: Mapping[str, str] | None = None
+) -> None:
+    """Write the archive, with ``metadata`` as JSON in its extra file, and other extra files by name.
+
+    ``path`` may have any name."""
+    files = {**(extra or {}), EXTRA_FILE: json.dumps(metadata, indent=1)}
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={EXTRA_FILE: json.dumps(metadata, indent=1)})
+        torch.export.save(program, file, extra_files=files)

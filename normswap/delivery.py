@@ -7,6 +7,7 @@ name and SHA-256, and the key of the state dict where it was nested: the recipe 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -16,13 +17,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normswap.checkpoints.distributed import Stored, opened
+from normswap.checkpoints.distributed_writing import write_distributed
 from normswap.checkpoints.lazy import LazyTensors, shape_of
-from normswap.checkpoints.reading import Checkpoint
+from normswap.checkpoints.processes import together
+from normswap.checkpoints.reading import RECIPE_FILE, Checkpoint
 from normswap.checkpoints.spans import Origin
 from normswap.checkpoints.training import Parameters, with_state
 from normswap.checkpoints.transfer import Progress, silent
 from normswap.checkpoints.words import first
-from normswap.checkpoints.writing import SUFFIXES, check_folder, is_folder, write_file, write_folder
+from normswap.checkpoints.writing import SUFFIXES, check_folder, is_folder, write, write_file, write_folder
 from normswap.errors import NormswapError
 from normswap.files import check_output, clear, whole_file
 from normswap.provenance import RECIPE, VERSION
@@ -87,6 +91,12 @@ def deliver(
     :func:`normswap.checkpoints.writing.write_folder`. Raises :class:`NormswapError` as
     :func:`normswap.checkpoint.write` does, and for ``max_shard_size`` or ``resume`` with a single file.
     """
+    if read is not None and read.stored is not None:
+        return _deliver_distributed(
+            output, state, recipes, read, read.stored, before, after, force, max_shard_size, resume
+        )
+    if together():
+        raise NormswapError(f"{output}: several processes write only a distributed checkpoint that was one; start one")
     files = () if read is None else read.files
     origin = Origin.of(read) if untouched else Origin(files)
 
@@ -168,6 +178,67 @@ def _orphan(output: Path) -> bool:
         return isinstance(recipes, list) and {"steps", "source"} <= recipes[-1].keys()
     except (OSError, ValueError, RecursionError, IndexError, AttributeError):
         return False
+
+
+def _deliver_distributed(
+    output: Path,
+    state: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    read: Checkpoint,
+    stored: Stored,
+    before: Parameters,
+    after: Parameters,
+    force: bool,
+    max_shard_size: int | None,
+    resume: bool,
+) -> tuple[list[Path], list[str]]:
+    """What came from a distributed checkpoint: as a folder it stays one."""
+    if max_shard_size is not None:
+        raise NormswapError(f"{output}: the files of a distributed checkpoint stay as they are; leave --max-shard-size")
+    if resume:
+        raise NormswapError(f"{output}: a distributed checkpoint cannot be resumed; leave --resume")
+    if together() and not is_folder(output):
+        raise NormswapError(f"{output}: several processes write only a folder of a distributed checkpoint; start one")
+
+    def text() -> str:
+        return json.dumps([*recipes[:-1], _signed(recipes[-1], read, _digest(read.files))], indent=1)
+
+    if output.suffix == ".safetensors" and not is_folder(output):
+        tensors = state if isinstance(state, LazyTensors) else {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        write(output, tensors, force=force, metadata={RECIPE: text(), VERSION: __version__}, inputs=read.files)
+        lost = f"not in {output}: {first(read.left_out)}, for .safetensors holds tensors alone"
+        return [output], [lost] if read.left_out else []
+    nested, notes = with_state(stored.nested, read.key, _leaves(state, read, stored), before, after)
+    if is_folder(output):
+        check_folder(output, read.files)
+        write_distributed(output, stored, nested, {RECIPE_FILE: text})
+        return [output], notes
+    beside = recipe_path(output)
+    check_output(beside, force=force)
+    write(output, state, force=force, inputs=read.files, whole=opened(stored, nested))
+    with whole_file(beside, force=force) as file:
+        file.write_text(text(), encoding="utf-8")
+    return [output, beside], notes
+
+
+def _leaves(state: Mapping[str, Any], read: Checkpoint, stored: Stored) -> dict[str, Any]:
+    """A new state dict of new tensors, and of the leaves of the old one for what stays."""
+    old: Any = stored.nested
+    for part in _parts(stored.nested, read.key):
+        old = old[part]
+    places = getattr(state, "places", state)
+    found = {name: old[name] if isinstance(value, Path) else value for name, value in places.items()}
+    return {**found, **{name: value for name, value in old.items() if not isinstance(value, Tensor)}}
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """Of the bytes of all files in turn, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _signed(recipe: Recipe, read: Checkpoint | None, digest: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""From a plan to what is written: shown, applied, calibrated, compared, reported; for models and for .onnx files."""
+"""From a plan to what is written: shown, applied, calibrated, compared, reported; for models and files with graphs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from normswap.calibration import Calibration
 from normswap.console import CHECK_FAILED, say, working, writing
 from normswap.errors import NormswapError
 from normswap.files import check_output
+from normswap.programs.plan import ProgramPlan
 from normswap.reporting import check_report, write_report
 from normswap.source import Source, save_source
 from normswap.verification import Verification
@@ -28,6 +29,8 @@ from normswap.verifying import provable
 
 if TYPE_CHECKING:
     from normswap.onnx.plan import FilePlan
+
+    AnyPlan = FilePlan | ProgramPlan
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def compared_with(
 
 
 def carry_out_file(
-    planned: Callable[[], FilePlan],
+    planned: Callable[[], AnyPlan],
     checkpoint: Path,
     output: Path | None,
     kinds: list[str] | None,
@@ -161,10 +164,14 @@ def carry_out_file(
     as_json: bool,
     force: bool,
 ) -> None:
-    """Show the plan of an .onnx file; unless dry, compare where asked, and write the new one."""
+    """Show the plan of an .onnx or .pt2 file; unless dry, compare where asked, and write the new one.
+
+    Where it was not said whether to compare, a .pt2 file is compared on the inputs that it carries, if any."""
     if not dry_run:
         if output is None:
-            raise NormswapError("where to? Pass -o FILE.onnx to write the result, or --dry-run to see the plan alone")
+            raise NormswapError(
+                f"where to? Pass -o FILE{checkpoint.suffix} to write the result, or --dry-run to see the plan alone"
+            )
         check_output(output, force=force, inputs=(checkpoint,))
     if check.report_to is not None:
         check_report(check.report_to, force=force)
@@ -181,7 +188,10 @@ def carry_out_file(
         if dry_run or output is None:
             check.report(None, title, force, table)
             return
-        verification = compare_files(plan, output, inputs) if check.verify else None
+        wanted = check.verify
+        if wanted is None:
+            wanted = bool(inputs) or (isinstance(plan, ProgramPlan) and plan.carried() is not None)
+        verification = compare_files(plan, output, inputs) if wanted else None
         judge(verification, check, record, title, output, table, as_json=as_json, force=force)
         with working(f"writing {output}"):
             written = plan.apply(output, force=force)
@@ -193,13 +203,15 @@ def carry_out_file(
             typer.echo(json.dumps(record, indent=1))
 
 
-def compare_files(plan: FilePlan, output: Path, texts: list[str]) -> Verification:
+def compare_files(plan: AnyPlan, output: Path, texts: list[str]) -> Verification:
     """Write the result into a folder beside the output, for as long as it takes to run it."""
-    inputs = parse_inputs(texts, nn.Identity()) or plan.example_inputs()
+    program = isinstance(plan, ProgramPlan)
+    inputs = parse_inputs(texts, plan.stood.module if isinstance(plan, ProgramPlan) else nn.Identity())
+    inputs = inputs or plan.example_inputs()
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".normswap-") as folder:
         candidate = Path(folder) / output.name
         plan.apply(candidate)
-        return compared_with(plan.source, candidate, inputs, backend="onnxruntime")
+        return compared_with(plan.source, candidate, inputs, backend="eager" if program else "onnxruntime")
 
 
 def check_kinds(plan: engine.Plan, kinds: list[str] | None) -> None:

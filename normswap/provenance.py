@@ -145,6 +145,21 @@ def _of_onnx(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
+def extra_files(path: Path) -> dict[str, str]:
+    """The other extra files of a ``.pt2`` archive: text by name.
+
+    Raises :class:`NormswapError` for one that is damaged, too large or no text."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {entry.filename.partition("/extra/")[2]: entry for entry in archive.infolist()}
+            if any(entry.file_size > LARGEST_EXTRA for name, entry in found.items() if name):
+                raise ValueError("an extra file is too large")
+            names = {name: entry for name, entry in found.items() if name and name != EXTRA_FILE}
+            return {name: archive.read(entry).decode() for name, entry in names.items()}
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise NormswapError(f"{path}: its extra files cannot be read: {error}") from error
+
+
 def _of_archive(path: Path) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive:

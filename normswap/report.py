@@ -35,6 +35,9 @@ STYLES = {
 }
 """By a cell's text, or by the first word of a line."""
 
+NARROW = 14
+"""Characters that a column of a table needs."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -51,6 +54,15 @@ class Section:
         for row in self.rows:
             table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
         return table
+
+    def blocks(self) -> Iterator[Text]:
+        """The rows one below the other, for a terminal too narrow for a table."""
+        yield Text(self.title, style="bold")
+        for row in self.rows:
+            yield Text(row[0], style="bold")
+            for column, cell in zip(self.columns[1:], row[1:], strict=True):
+                if cell:
+                    yield Text.assemble(f"  {column}: ", (cell, STYLES.get(cell, "")))
 
     def plain(self) -> Iterator[str]:
         yield self.title
@@ -80,7 +92,9 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from map(_styled, self.head)
         for section in self.sections:
-            if section.rows:
+            if section.rows and options.max_width < NARROW * len(section.columns):
+                yield from section.blocks()
+            elif section.rows:
                 yield section.table()
         yield from map(_styled, self.lines)
 

@@ -215,7 +215,8 @@ class TestRead:
             (b"GGUF" + bytes(64), "GGUF"),
             (bytes(600), "no checkpoint"),
             (b"\x80\x02garbage", "damaged"),
-            (b"\x80\x02}q\x00.", "damaged"),
+            (b"\x80\x02}q\x00.", "holds no state dict"),
+            (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", "nested too deeply"),
             (b"PK\x03\x04" + bytes(300), "damaged"),
         ],
     )

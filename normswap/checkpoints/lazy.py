@@ -54,6 +54,10 @@ class LazyTensors(Mapping[str, Tensor]):
         self._read += value.numel() * value.element_size()
         return value
 
+    def like(self, places: Mapping[str, Tensor | Path], shapes: Mapping[str, Shape]) -> LazyTensors:
+        """Others from the same files."""
+        return LazyTensors(places, shapes)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
@@ -78,4 +82,4 @@ def replaced(tensors: Mapping[str, Any], names: Mapping[str, Tensor | str]) -> M
         return {name: tensors[value] if isinstance(value, str) else value for name, value in names.items()}
     places = {name: tensors.places[v] if isinstance(v, str) else v for name, v in names.items()}
     shapes = {n: tensors.shapes[v] for n, v in names.items() if isinstance(v, str) and v in tensors.shapes}
-    return LazyTensors(places, shapes)
+    return tensors.like(places, shapes)

@@ -1,7 +1,8 @@
 """Checkpoints, read without running code.
 
-Reads ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` (zip and legacy, with ``weights_only=True``), ``.safetensors``, shards
-that an index names, and folders in the Hugging Face layout; the first bytes tell the format of a file, not its name.
+Reads ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` (zip and legacy, with ``weights_only=True``), ``.safetensors``, pickles
+of arrays (``.pkl``), shards that an index names, folders in the Hugging Face layout and of
+``torch.distributed.checkpoint``; the first bytes tell the format of a file, not its name.
 Files are mapped into memory, except legacy ones. Neither format detects a flipped bit in the values.
 """
 
@@ -20,13 +21,20 @@ from safetensors import safe_open
 from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
+from normswap.checkpoints.distributed import NAME as METADATA
+from normswap.checkpoints.distributed import DistributedTensors, Stored, is_distributed, open_distributed
 from normswap.checkpoints.formats import first_bytes, is_safetensors, looks_like
 from normswap.checkpoints.lazy import LazyTensors, Shape
 from normswap.checkpoints.nested import state_dict_in
+from normswap.checkpoints.pickles import LEGACY, arrays
 from normswap.checkpoints.places import INDEX, located, read_index
 from normswap.checkpoints.safety import check_archive, check_storages, safetensors_header, unreadable
 from normswap.checkpoints.words import first, line
 from normswap.errors import NormswapError
+from normswap.provenance import RECIPE
+
+RECIPE_FILE = "normswap.json"
+"""In a folder of a distributed checkpoint: the recipes, a JSON list, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Checkpoint:
     """Those of ``.safetensors`` files are read each time they are asked for."""
     path: Path
     format: str
-    """``torch`` (zip), ``torch-legacy`` or ``safetensors``."""
+    """``torch`` (zip), ``torch-legacy``, ``arrays``, ``safetensors`` or ``distributed``."""
     key: str | None = None
     """Where the state dict was nested, parts joined by dots; ``None`` where it was the whole file."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -54,6 +62,8 @@ class Checkpoint:
     """The folder that was named instead of a file, whose other files belong to the weights."""
     parts: tuple[Checkpoint, ...] = field(default=(), repr=False)
     """The shards, where an index names them."""
+    stored: Stored | None = field(default=None, repr=False)
+    """All of a distributed checkpoint."""
 
 
 def read(path: str | os.PathLike[str], *, key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
@@ -66,6 +76,8 @@ def read(path: str | os.PathLike[str], *, key: str | None = None, trust_pickle: 
     Raises :class:`NormswapError` for a path that is no file, another format, a damaged file, one that needs code to be
     read (naming the types that were blocked), and one without tensors or with several state dicts of unknown name.
     """
+    if is_distributed(Path(path)):
+        return _read_distributed(Path(path), key)
     if Path(path).is_dir():
         return replace(read(located(Path(path)), key=key, trust_pickle=trust_pickle), folder=Path(path))
     path = Path(path)
@@ -76,9 +88,26 @@ def read(path: str | os.PathLike[str], *, key: str | None = None, trust_pickle: 
         return _read_torch(path, "torch", key, trust_pickle)
     if is_safetensors(head) or path.suffix == ".safetensors":
         return _read_safetensors(path, head, key)
+    if head.startswith(b"\x80") and not head.startswith(LEGACY):
+        return _of_nested(path, "arrays", arrays(path, trust_pickle=trust_pickle), key)
     if head.startswith(b"\x80"):
         return _read_torch(path, "torch-legacy", key, trust_pickle)
     raise NormswapError(f"{path} is no checkpoint of PyTorch or safetensors{looks_like(head)}")
+
+
+def _read_distributed(folder: Path, key: str | None) -> Checkpoint:
+    stored = open_distributed(folder)
+    found, state = state_dict_in(folder, stored.nested, key)
+    tensors = DistributedTensors.of(stored, state)
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if found is not None:
+        others += [str(name) for name in stored.nested if str(name) != found.split(".")[0]]
+    recipe = folder / RECIPE_FILE
+    metadata = {RECIPE: recipe.read_text(encoding="utf-8")} if recipe.is_file() else {}
+    files = tuple(folder / name for name in (METADATA, *stored.files))
+    return Checkpoint(
+        tensors, folder, "distributed", found, metadata, tuple(others), files=files, folder=folder, stored=stored
+    )
 
 
 def _no_key(path: Path, key: str | None) -> None:
@@ -146,6 +175,10 @@ def _read_torch(path: Path, kind: str, key: str | None, trust_pickle: bool) -> C
     except Exception as error:
         raise NormswapError(f"{path} {unreadable(path, error)}") from error
     check_storages(path, loaded, sizes)
+    return _of_nested(path, kind, loaded, key)
+
+
+def _of_nested(path: Path, kind: str, loaded: Any, key: str | None) -> Checkpoint:
     found, state = state_dict_in(path, loaded, key)
     tensors = {str(name): value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]

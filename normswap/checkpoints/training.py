@@ -1,7 +1,8 @@
 """The rest of a training checkpoint: carried through as it is, but for the state of an optimizer.
 
 An optimizer's state numbers its parameters, group after group, in the order they were given to it. It names them only
-where it was made from ``named_parameters()``. Otherwise the names are those of the model's parameters in their order,
+where it was made from ``named_parameters()``, or was saved by name (``torch.distributed.checkpoint.state_dict``).
+Otherwise the names are those of the model's parameters in their order,
 for one group, or with those of one axis first or last, for two (weight decay for the others alone); the shapes in the
 state must then agree with every one of them. Where they do not, who is who is not known.
 """
@@ -79,6 +80,8 @@ def _are_optimizers(value: Any) -> bool:
 
 def _remapped(optimizer: Mapping[str, Any], before: Parameters, after: Parameters) -> tuple[Any, str]:
     groups = optimizer["param_groups"]
+    if _by_name(groups):
+        return _selected(optimizer, before, after)
     try:
         numbers = [list(group["params"]) for group in groups]
         named = _names(optimizer["state"], groups, numbers, before)
@@ -107,6 +110,30 @@ def _remapped(optimizer: Mapping[str, Any], before: Parameters, after: Parameter
     dropped = sum(map(len, named)) - kept
     text = f"{kept} parameters keep their state, {dropped} dropped, {len(added)} new without one"
     return {**optimizer, "state": state, "param_groups": fresh_groups}, text
+
+
+def _by_name(groups: Any) -> bool:
+    """Whether parameters are named, not numbered, as ``torch.distributed.checkpoint`` has them."""
+    try:
+        return all(isinstance(name, str) for group in groups for name in group["params"])
+    except (TypeError, KeyError):
+        return False
+
+
+def _selected(optimizer: Mapping[str, Any], before: Parameters, after: Parameters) -> tuple[Any, str]:
+    groups, fresh, new = optimizer["param_groups"], [], 0
+    known = {name for group in groups for name in group["params"]}
+    gone = before.keys() - after.keys()
+    owners = {_owner(name): index for index, group in enumerate(groups) for name in group["params"]}
+    added = [name for name in after if name not in known and name not in before and _owner(name) in owners]
+    for index, group in enumerate(groups):
+        own = [name for name in added if owners[_owner(name)] == index]
+        fresh.append({**group, "params": [name for name in group["params"] if name not in gone] + own})
+        new += len(own)
+    state = {name: entry for name, entry in optimizer["state"].items() if name not in gone}
+    dropped = len(known & gone)
+    text = f"{len(known) - dropped} parameters keep their state, {dropped} dropped, {new} new without one"
+    return {**optimizer, "state": state, "param_groups": fresh}, text
 
 
 def _owner(name: str) -> str:

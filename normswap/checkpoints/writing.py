@@ -23,6 +23,7 @@ from normswap.checkpoints.unfinished import plan_of, unfinished
 from normswap.checkpoints.words import first, line
 from normswap.errors import NormswapError
 from normswap.files import check_output, is_directory, whole_file
+from normswap.graph.sharded import is_spread
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 """Of the files that can be written."""
@@ -213,6 +214,11 @@ def _late(path: Path, metadata: Mapping[str, str] | Metadata | None) -> Metadata
 
 
 def _no_meta(path: Path, state: Mapping[str, Any]) -> None:
+    if spread := [name for name, value in state.items() if is_spread(value)]:
+        raise NormswapError(
+            f"{path}: {first(spread)} are DTensors, of which this process has a part: save with "
+            "torch.distributed.checkpoint, or gather them first (get_model_state_dict with full_state_dict=True)"
+        )
     if empty := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
         raise NormswapError(f"{path}: {first(empty)} have no values to write (meta device); load the weights first")
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from normswap import __version__
+from normswap.checkpoints.processes import joined
 from normswap.console import BAD_INPUT, INTERRUPTED, say
 from normswap.errors import NormswapError
 
@@ -29,6 +30,10 @@ class Commands(TyperGroup):
             raise
 
     def invoke(self, ctx: Any) -> Any:
+        with joined():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

@@ -32,26 +32,32 @@ from normswap.commands.parameters import (
     Resume,
     ShardSize,
     Skip,
+    To,
     TrustPickle,
     Verify,
     Where,
-    kind_name,
     options_help,
 )
-from normswap.commands.shared import check_outputs, is_onnx, load, need_model, refuse_with_onnx, required, selectors
+from normswap.commands.shared import (
+    check_outputs,
+    is_graph,
+    load,
+    need_model,
+    refuse_with_graph,
+    required,
+    selectors,
+    surgery_of,
+)
 from normswap.console import say, working
 from normswap.data import load_batches, parse_preparation
 from normswap.errors import NormswapError
 from normswap.images import ImageFolder
-from normswap.onnx import surgery as onnx_files
 from normswap.outcome import Check, carry_out, carry_out_file, check_kinds
 from normswap.source import load_keys
 
 
 def convert(
-    to: Annotated[
-        str, typer.Option("--to", metavar="KIND", callback=kind_name, help=f"One of: {', '.join(registry.kinds())}.")
-    ],
+    to: To,
     model: OptionalModel = None,
     checkpoint: GraphFile = None,
     model_arg: ModelArgs = None,
@@ -97,7 +103,7 @@ def convert(
     report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
-    """Turn the normalizations of a model, a checkpoint or an .onnx file into another kind, and write the result.
+    """Turn the normalizations of a model, checkpoint, .onnx or .pt2 file into another kind, and write the result.
 
     Without --model the norms of a checkpoint are found by its keys and shapes.
     """
@@ -114,14 +120,14 @@ def convert(
     preparation = parse_preparation(image_size, image_resize, image_mean, image_std)
     if preparation is not None and data is None:
         raise NormswapError("--image-size and the like are for the images of --data: pass --data FOLDER")
-    if is_onnx(checkpoint):
-        refuse_with_onnx(**{
+    if is_graph(checkpoint):
+        refuse_with_graph(checkpoint, **{
             "--model": model, "--model-arg": model_arg, "--input": inputs, "--key": key, "--partial": partial,
             "--init": init != "copy", "--verify": verify, "--data": data,
         })  # fmt: skip
         chosen = selectors(where, skip, kind)
         carry_out_file(
-            lambda: onnx_files.plan_convert(checkpoint, to, **chosen, **options), checkpoint, output, kind,
+            lambda: surgery_of(checkpoint).plan_convert(checkpoint, to, **chosen, **options), checkpoint, output, kind,
             Check(False, None, report_to), [], dry_run=dry_run, as_json=as_json, force=force,
         )  # fmt: skip
         return

@@ -18,6 +18,7 @@ from normswap.commands.parameters import (
     Output,
     Partial,
     Replay,
+    TrustPickle,
 )
 from normswap.commands.shared import load, required
 from normswap.console import say, working
@@ -54,6 +55,7 @@ def export(
     key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
+    trust_pickle: TrustPickle = False,
     force: Force = False,
 ) -> None:
     """Write a model as ONNX (.onnx), or as a program of torch.export (.pt2)."""
@@ -64,7 +66,7 @@ def export(
     axes = parse_dynamic(dynamic or ()) or dynamic_batch or None
     notes = parse_texts(metadata or (), "--metadata")
     check_output(output, force=force, inputs=() if checkpoint is None else (checkpoint,))
-    source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
+    source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = required(inputs, source, "export")
     exported, recipes = source.model, list(source.recipes)
     if fold:

@@ -23,12 +23,12 @@ from normswap.commands.parameters import (
     Replay,
     ReportFile,
     Skip,
+    TrustPickle,
     Verify,
     Where,
 )
-from normswap.commands.shared import check_outputs, is_onnx, load, refuse_with_onnx, required, selectors
+from normswap.commands.shared import check_outputs, is_graph, load, refuse_with_graph, required, selectors, surgery_of
 from normswap.console import working
-from normswap.onnx import surgery as onnx_files
 from normswap.outcome import Check, carry_out, carry_out_file, check_kinds
 
 
@@ -62,24 +62,26 @@ def fold(
     dry_run: DryRun = False,
     as_json: AsJson = False,
     output: Output = None,
+    trust_pickle: TrustPickle = False,
     report_to: ReportFile = None,
     force: Force = False,
 ) -> None:
-    """Fold norms with fixed statistics into the neighbouring layers, and write the new checkpoint or .onnx file."""
-    if is_onnx(checkpoint):
-        refuse_with_onnx(**{
+    """Fold norms with fixed statistics into the neighbouring layers, and write the checkpoint, .onnx or .pt2 file."""
+    if is_graph(checkpoint):
+        program = checkpoint.suffix == ".pt2"
+        refuse_with_graph(checkpoint, **{
             "--model": model, "--model-arg": model_arg, "--key": key, "--partial": partial,
-            "--merge-branches": merge_branches, "--affine": affine,
+            "--merge-branches": merge_branches, "--affine": affine, "--unshare": program and unshare,
         })  # fmt: skip
-        chosen = selectors(where, skip, kind)
-        wanted = verify or (verify is None and bool(inputs))
+        chosen = selectors(where, skip, kind) | ({} if program else {"unshare": unshare})
+        wanted = verify if program or verify is not None else bool(inputs)
         carry_out_file(
-            lambda: onnx_files.plan_fold(checkpoint, unshare=unshare, **chosen), checkpoint, output, kind,
+            lambda: surgery_of(checkpoint).plan_fold(checkpoint, **chosen), checkpoint, output, kind,
             Check(wanted, None, report_to), inputs or [], dry_run=dry_run, as_json=as_json, force=force,
         )  # fmt: skip
         return
     check_outputs(output, checkpoint, dry_run, force, report_to)
-    source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay)
+    source = load(model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle)
     example = required(inputs, source, "--verify") if verify else parse_inputs(inputs or (), source.model)
     with working("planning"):
         plan = engine.plan_fold(

@@ -22,12 +22,12 @@ from normswap.commands.parameters import (
     ReportFile,
     TrustPickle,
 )
-from normswap.commands.shared import is_onnx, load, need_model, refuse_with_onnx
+from normswap.commands.shared import is_graph, load, need_model, refuse_with_graph
 from normswap.console import CHECK_FAILED, say, show, working
 from normswap.data import load_batches
 from normswap.errors import NormswapError
 from normswap.health import Health, examine
-from normswap.health.files import examine_keys, examine_onnx
+from normswap.health.files import examine_keys, examine_onnx, examine_program
 from normswap.reporting import check_report, write_report
 
 
@@ -56,7 +56,7 @@ def inspect(
     report_to: ReportFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the report if it exists.")] = False,
 ) -> None:
-    """List every normalization of a model, a checkpoint or an .onnx file: where it sits, and what is wrong with it.
+    """List every normalization of a model, checkpoint, .onnx or .pt2 file: where it sits, and what is wrong with it.
 
     Without --model the norms of a checkpoint are found by its keys and shapes.
     """
@@ -65,10 +65,10 @@ def inspect(
     if loss is not None and data is None:
         raise NormswapError("--loss is for the gradients on data: pass --data FILE")
     given = {"--model-arg": model_arg, "--input": inputs, "--data": data}
-    if is_onnx(checkpoint):
-        refuse_with_onnx(**{"--model": model, "--key": key, **given})
+    if is_graph(checkpoint):
+        refuse_with_graph(checkpoint, **{"--model": model, "--key": key, **given})
         with working(f"reading {checkpoint}"):
-            health = examine_onnx(checkpoint)
+            health = examine_program(checkpoint) if checkpoint.suffix == ".pt2" else examine_onnx(checkpoint)
     elif model is None and checkpoint is not None:
         need_model(**given, **{"--partial": partial})
         with working(f"reading {checkpoint}"):

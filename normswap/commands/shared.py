@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
+from normswap import onnx, programs
 from normswap.arguments import build_model, parse_inputs, parse_pairs
 from normswap.console import say, working
 from normswap.delivery import check_destination
@@ -36,7 +37,7 @@ def load(
 ) -> Source:
     if model is None:
         raise NormswapError(
-            "which model? Pass --model WHERE:CALLABLE; an .onnx file needs none, nor does "
+            "which model? Pass --model WHERE:CALLABLE; an .onnx or .pt2 file needs none, nor does "
             "inspect or convert of a checkpoint"
         )
     with working("reading the model"):
@@ -70,15 +71,22 @@ def selectors(where: list[str] | None, skip: list[str] | None, kinds: list[str] 
     return {"where": where, "skip": unwanted} if where else {"where": wanted, "skip": skip or None}
 
 
-def is_onnx(checkpoint: Path | None) -> TypeGuard[Path]:
-    return checkpoint is not None and checkpoint.suffix == ".onnx"
+def is_graph(checkpoint: Path | None) -> TypeGuard[Path]:
+    """Whether it is a file that holds the model's graph."""
+    return checkpoint is not None and checkpoint.suffix in (".onnx", ".pt2")
 
 
-def refuse_with_onnx(**options: object) -> None:
-    """Raise for an option that says nothing of an .onnx file."""
+def surgery_of(checkpoint: Path) -> Any:
+    """The functions that inspect, fold and convert files of its kind."""
+    return programs.surgery if checkpoint.suffix == ".pt2" else onnx.surgery
+
+
+def refuse_with_graph(checkpoint: Path, **options: object) -> None:
+    """Raise for an option that says nothing of an .onnx or .pt2 file."""
     given = [name for name, value in options.items() if value]
+    kind = "a .pt2" if checkpoint.suffix == ".pt2" else "an .onnx"
     if given:
-        raise NormswapError(f"{', '.join(given)}: not for an .onnx file, which holds its own graph and weights")
+        raise NormswapError(f"{', '.join(given)}: not for {kind} file, which holds its own graph and weights")
 
 
 def check_outputs(

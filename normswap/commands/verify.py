@@ -9,7 +9,7 @@ import typer
 from torch import nn
 
 from normswap import report
-from normswap.commands.parameters import AsJson, Inputs, Key, ModelArgs, Partial, Replay, ReportFile
+from normswap.commands.parameters import AsJson, Inputs, Key, ModelArgs, Partial, Replay, ReportFile, TrustPickle
 from normswap.commands.shared import load
 from normswap.console import CHECK_FAILED, show, working
 from normswap.errors import NormswapError
@@ -52,6 +52,7 @@ def verify(
     key: Key = None,
     partial: Partial = False,
     replay: Replay = True,
+    trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
     report_to: ReportFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the report if it exists.")] = False,
@@ -67,7 +68,8 @@ def verify(
                 return opened(path)
         if model is None:
             raise NormswapError(f"{path} is a checkpoint: pass --model WHERE:CALLABLE, the model that it belongs to")
-        return load(model, model_arg, path, key=key, partial=partial, replay=replay).model
+        options: dict[str, Any] = {"key": key, "partial": partial, "replay": replay, "trust_pickle": trust_pickle}
+        return load(model, model_arg, path, **options).model
 
     sides = program(reference, model, key), program(candidate, candidate_model or model)
     runtime = backend or ("onnxruntime" if candidate.suffix == ".onnx" else "eager")

@@ -33,6 +33,7 @@ from normswap.graph.overwrites import Overwrites
 from normswap.graph.reach import reach
 from normswap.graph.references import Reference
 from normswap.graph.shapes import argument, position
+from normswap.graph.sharded import is_spread
 from normswap.graph.trace import LINEAR_LAYERS, brief, has_plain_forward
 from normswap.norms.bare import Bare
 from normswap.spec import Norm, scale_shift
@@ -651,6 +652,8 @@ class Search:
                 return f"{name} shares its weight with {others[0]}{self._way_out(id(module))}"
             if tensor.is_meta:
                 return f"{name} is on the meta device"
+            if is_spread(tensor):
+                return f"{name} is a DTensor, of which this process has a part"
         return None
 
     def _why_unfit(self, module: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from normswap.graph.lift import Call, Forward, functional_norms
 from normswap.graph.observe import Observation, observe
 from normswap.graph.reach import reach
 from normswap.graph.references import Reference, references
+from normswap.graph.sharded import REASON, spread
 from normswap.graph.trace import LINEAR_LAYERS
 from normswap.spec import Norm
 
@@ -82,7 +83,10 @@ def survey(found: dict[int, Reference], observation: Observation | None = None) 
         sites.extend(_of_reference(reference))
     lifted = {id(site.call.holder) for site in sites if site.call is not None and site.reason is None}
     sites = [site for site in sites if site.call is not None or id(site.module) not in lifted]
+    elsewhere = spread(reference.module for reference in found.values())
     for site in sites:
+        if id(site.module) in elsewhere and site.reason is None:
+            site.reason = REASON
         site.parents = tuple(found[id(site.module)].parents)
     if observation is not None:
         _observed(sites, found, observation)

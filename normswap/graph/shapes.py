@@ -33,6 +33,9 @@ Shape = tuple[Dim, ...]
 Value = Any
 """What is known of a node: a Shape, a Dim (a size), a list of values (a tuple result), or ``None``."""
 
+STATED = "normswap_shape"
+"""In a node's ``meta``: its Value, where whoever made the graph knows it."""
+
 
 def known(values: dict[fx.Node, Value], node: Any) -> Shape | None:
     """The shape of a node's value where it is one tensor of known rank."""
@@ -112,6 +115,8 @@ def inferred(region: Region) -> dict[fx.Node, Value]:
 
 
 def _infer(region: Region, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    if node.meta.get(STATED) is not None:
+        return node.meta[STATED]
     if node.op == "get_attr":
         value: Any = region.constants.get(str(node.target), region.module)
         for part in () if value is not region.module else str(node.target).split("."):

@@ -1,4 +1,4 @@
-"""Examine what is in a file: the graph of an ``.onnx`` one, or the keys of a checkpoint whose model is not there."""
+"""Examine what is in a file: the graph of an ``.onnx`` or ``.pt2`` one, or a checkpoint's keys without the model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from normswap.graph.references import references
 from normswap.health.examine import examine_sites
 from normswap.health.result import Health
 from normswap.onnx import surgery as onnx_files
+from normswap.programs import surgery as program_files
 
 EPS = "eps and momentum are not in a checkpoint: variances are compared with an eps of 1e-5"
 
@@ -21,6 +22,12 @@ def examine_onnx(path: Path) -> Health:
     """The health of the norms in an ``.onnx`` file. Raises :class:`~normswap.NormswapError` as
     :func:`normswap.onnx.surgery.inspect` does."""
     return examine_sites(onnx_files.inspect(path))
+
+
+def examine_program(path: Path) -> Health:
+    """The health of the norms in a ``.pt2`` file. Raises :class:`~normswap.NormswapError` as
+    :func:`normswap.programs.surgery.inspect` does."""
+    return examine_sites(program_files.inspect(path))
 
 
 def examine_keys(checkpoint: Checkpoint) -> Health:
