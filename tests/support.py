@@ -237,3 +237,10 @@ def check_fold(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Plan, nn
     with torch.no_grad():
         assert torch.equal(replayed(*copy.deepcopy(inputs)), folded(*copy.deepcopy(inputs)))
     return plan, folded
+
+
+FEWER_SOURCES = {
+    "adaptive_instance", "adaptive_momentum", "conditional", "domain", "evonorm_b0", "evonorm_s0", "learned_groups",
+    "multiscale", "positional", "virtual",
+}  # fmt: skip
+"""Kinds that are tried on one source of each sort: all pairs would take minutes."""

@@ -944,7 +944,7 @@ def check_script(seed: int) -> int:
 
 
 def test_random_forwards() -> None:
-    assert sum(check_script(seed) for seed in (*range(30), 218)) > 5
+    assert sum(check_script(seed) for seed in (*range(10), 218)) > 1
 
 
 # --- recipes and errors ----------------------------------------------------------------------------------------------
@@ -986,7 +986,7 @@ def test_an_error_while_applying_puts_everything_back() -> None:
 
 # --- real models -----------------------------------------------------------------------------------------------------
 
-REAL = ["repvgg_a0", "mobileone_s1", "fastvit_t8", "repvit_m1", "repghostnet_050"]
+REAL = ["repvgg_a0", "fastvit_t8"]  # of the others `make zoo` knows
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from normswap import Refusal, convert, find, kinds, plan_convert, read, registry
 from tests.support import (
     DOUBLE,
+    FEWER_SOURCES,
     check_copies,
     check_reader,
     distance,
@@ -96,8 +97,17 @@ def test_reader(name: str) -> None:
     check_reader(*built(name))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in kinds() if registry.planner(kind) is None])
-@pytest.mark.parametrize("name", SOURCES)
+PAIRS = [
+    (name, kind)
+    for name in SOURCES
+    for kind in kinds()
+    if registry.planner(kind) is None
+    and (kind not in FEWER_SOURCES or name in ("timm BatchNormAct2d", "timm GroupNorm"))
+]
+
+
+@pytest.mark.usefixtures("ambient_condition")
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_any_norm_becomes_any_kind_or_is_refused_with_a_reason(name: str, kind: str) -> None:
     module, x = built(name)
     plan = plan_of(module, kind)

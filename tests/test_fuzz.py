@@ -38,13 +38,13 @@ def test_found_by_source(seed: int) -> None:
     fuzzing_source.check(seed)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31))
 def test_folding_networks_of_steps_changes_nothing(seed: int) -> None:
     fuzzing.check(seed)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31))
 def test_folding_networks_of_source_changes_nothing(seed: int) -> None:
     fuzzing_source.check(seed)

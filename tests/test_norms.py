@@ -40,6 +40,7 @@ from normswap.norms.momentum import Warmup
 from normswap.norms.switchable import GATE_GAP, SwitchableNorm, SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from tests.support import (
     DOUBLE,
+    FEWER_SOURCES,
     SINGLE,
     check_copies,
     check_reader,
@@ -177,11 +178,6 @@ SOURCES: dict[str, Line] = {
     "RMSNorm over channels, eps of the dtype": Line(lambda: norms.rms.ChannelRMSNorm(8)),
 }
 KINDS = [kind for kind in kinds() if registry.planner(kind) is None]
-FEWER_SOURCES = {
-    "adaptive_instance", "adaptive_momentum", "conditional", "domain", "evonorm_b0", "evonorm_s0", "learned_groups",
-    "multiscale", "positional", "virtual",
-}  # fmt: skip
-"""Kinds that are tried on one source of each sort: all pairs would take minutes."""
 ONE_OF_EACH = {
     "BatchNorm1d (N, C)", "BatchNorm2d", "BatchNorm2d without statistics", "FrozenBatchNorm", "GroupNorm",
     "GroupNorm (N, C)", "LayerNorm", "LayerNorm over channels", "InstanceNorm2d", "InstanceNorm2d with affine",

@@ -109,6 +109,8 @@ class Stored:
 class DistributedTensors(LazyTensors):
     """The tensors under one key of a distributed checkpoint, put together when they are asked for."""
 
+    whole_in_files = False
+
     def __init__(
         self, stored: Stored, names: Mapping[str, str], places: Mapping[str, Tensor | Path], shapes: Mapping[str, Shape]
     ) -> None:

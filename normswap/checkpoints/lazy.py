@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -33,6 +33,9 @@ class Shape:
 
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors by name: a tensor, or the ``.safetensors`` file it is in."""
+
+    whole_in_files: ClassVar[bool] = True
+    """Whether each tensor is in one piece in the ``.safetensors`` file that is its place."""
 
     def __init__(self, places: Mapping[str, Tensor | Path], shapes: Mapping[str, Shape]) -> None:
         self.places = dict(places)

@@ -90,6 +90,8 @@ class Origin:
         """Where the values of a tensor lie, row by row; ``None`` where no file has them so."""
         place = tensors.places[name] if isinstance(tensors, LazyTensors) else tensors[name]
         if isinstance(place, Path):
+            if isinstance(tensors, LazyTensors) and not tensors.whole_in_files:
+                return None
             if place not in self._headers:
                 self._headers[place] = safetensors_spans(place)
             return self._headers[place][name]

@@ -104,7 +104,7 @@ def write_file(
     if metadata:
         raise NormswapError(f"{path}: a {path.suffix} file has no place for metadata; write .safetensors")
     plain = state if isinstance(state, dict) else dict(state)
-    if isinstance(state, LazyTensors):
+    if isinstance(state, LazyTensors) and state.whole_in_files:
         plain, regions = mapped_tensors(state)
         origin = Origin(origin.files, [*origin.regions, *regions])
     _no_meta(path, plain)
