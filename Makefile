@@ -42,13 +42,19 @@ docs: $(VENV)/.test  ## write docs/cli.md from the commands
 	$(BIN)/python -m normswap.manual > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
 
-zoo: $(VENV)/.test  ## convert and fold the models of torchvision and timm, into docs/zoo.md
+zoo: $(VENV)/.test  ## convert, fold, verify and examine the models of torchvision and timm, into docs/zoo.md
 	$(BIN)/python scripts/zoo.py convert
 	$(BIN)/python scripts/zoo.py fold
+	$(BIN)/python scripts/zoo.py verify
+	$(BIN)/python scripts/zoo.py health
 
 bench: $(VENV)/.test  ## measure time and memory against named peers
 	$(BIN)/python scripts/bench.py convert
 	$(BIN)/python scripts/bench.py fold
+	$(BIN)/python scripts/bench.py verify
+	$(BIN)/python scripts/bench.py calibrate
+	$(BIN)/python scripts/bench.py layers
+	$(BIN)/python scripts/bench.py files
 
 fuzz: $(VENV)/.test  ## fold random networks, compare them with the originals; read malformed files, kill conversions (COUNT=10000 SEED=0)
 	$(BIN)/python scripts/fuzz.py --count $(COUNT) --seed $(SEED)

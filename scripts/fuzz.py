@@ -45,6 +45,7 @@ class Report:
         self.total.foldable += tally.foldable
         self.total.folded += tally.folded
         self.total.error = max(self.total.error, tally.error)
+        self.total.noise += tally.noise
         return None
 
     def __str__(self) -> str:
@@ -52,7 +53,7 @@ class Report:
         return (
             f"{self.networks} networks, {len(self.bad)} wrong or crashed; {total.folded} of {total.foldable} norms "
             f"with fixed statistics folded ({total.folded / max(1, total.foldable):.1%}); "
-            f"largest relative error {total.error:.1e}"
+            f"largest relative error {total.error:.1e}, but for {total.noise} outputs of rounding noise alone"
         )
 
 

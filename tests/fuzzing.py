@@ -300,6 +300,9 @@ class Tally:
     foldable: int = 0
     folded: int = 0
     error: float = 0.0
+    """The largest, but for outputs that are rounding noise alone."""
+    noise: int = 0
+    """Networks whose output is that."""
 
 
 def run(model: nn.Module, x: Tensor) -> list[Tensor]:
