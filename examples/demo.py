@@ -52,7 +52,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     original, group, folded, exported = (FOLDER / f"digits{end}" for end in (".pt", ".group.pt", ".folded.pt", ".onnx"))
     fitted, unlabelled, page = FOLDER / "digits.fitted.pt", FOLDER / "images.npy", FOLDER / "verification.html"
-    for path in (group, fitted, folded, exported, page):
+    drawn = FOLDER / "calibration.html"
+    for path in (group, fitted, folded, exported, page, drawn):
         path.unlink(missing_ok=True)
         Path(f"{path}.normswap.json").unlink(missing_ok=True)
     torch.manual_seed(0)
@@ -72,7 +73,8 @@ def main() -> None:
     np.save(unlabelled, images.train_images[:256].numpy())
     to = ["--to", "group", "--channels-per-group", "8"]
     command("convert", original, *MODEL, *to, "-o", group)
-    command("convert", original, *MODEL, *to, "--data", unlabelled, "--refine", "200", "-o", fitted)
+    calibrated = ["--data", unlabelled, "--refine", "200", "-o", fitted, "--report", drawn]
+    command("convert", original, *MODEL, *to, *calibrated)
     table = Table("GroupNorm", "test accuracy")
     table.add_row("before: the BatchNorm network", f"{before:.1%}")
     table.add_row("right after conversion", f"{digits.accuracy(rebuilt(group), images):.1%}")
