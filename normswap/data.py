@@ -11,11 +11,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from normswap.arguments import named_object
 from normswap.calibration import check_batches
+from normswap.calibration.batches import run
 from normswap.errors import NormswapError
+from normswap.graph.observe import eval_mode
+from normswap.graph.state import unmarked
+from normswap.graph.trace import brief
 from normswap.images import ImageFolder, Preparation
 from normswap.verification import load_inputs
 from normswap.verification.inputs import SUFFIXES
@@ -45,6 +50,21 @@ def load_batches(text: str, size: int, preparation: Preparation | None = None) -
     except NormswapError as error:
         raise NormswapError(f"--data {text!r}: {error}") from error
     return batches  # type: ignore[return-value]
+
+
+def check_takes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
+    """Run the model in eval mode on the first of the batches that ``text`` names, and leave no mark on it.
+
+    Raises :class:`NormswapError` where it does not run."""
+    with torch.no_grad(), unmarked(model), eval_mode(model):
+        for batch in batches:
+            try:
+                run(model, batch, None)
+            except NormswapError:
+                raise
+            except Exception as error:
+                raise NormswapError(f"--data {text!r}: the model does not run on batch 0: {brief(error)}") from error
+            return
 
 
 def parse_preparation(size: str | None, resize: int | None, mean: str | None, std: str | None) -> Preparation | None:

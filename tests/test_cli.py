@@ -427,6 +427,16 @@ class TestCalibrate:
         ):
             assert words in run(*flags, name, "--force", status=2).stderr
 
+    @pytest.mark.parametrize("groups", ["2", "auto"])
+    def test_data_that_the_model_does_not_take(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, groups: str
+    ) -> None:
+        numpy.save(tmp_path / "x.npy", numpy.zeros((4, 5, 6, 6), dtype="f"))
+        flags = ("--to", "group", "--groups", groups, "--data", tmp_path / "x.npy", "-o", tmp_path / "a.pt")
+        said = run("convert", folder / "net.pt", *flags, status=2).stderr
+        assert "the model does not run on batch 0: RuntimeError" in said
+        assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
     def test_refine_needs_data(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
         result = run("convert", folder / "net.pt", "--to", "group", "--refine", 5, "-o", tmp_path / "a.pt", status=2)
         assert "--refine needs inputs: pass --data FILE" in result.stderr

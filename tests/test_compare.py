@@ -78,14 +78,14 @@ def test_a_kind_that_does_not_run_says_why() -> None:
     assert group.forward is not None
 
 
-def test_misuse_and_what_the_model_raises() -> None:
+def test_misuse_and_inputs_that_the_model_does_not_take() -> None:
     with pytest.raises(NormswapError, match="must be a tuple"):
         compare(network(), X)  # type: ignore[arg-type]
     with pytest.raises(NormswapError, match="unknown kind 'grup'"):
         compare(network(), (X,), ["grup"])
     with pytest.raises(NormswapError, match="repeats=0"):
         compare(network(), (X,), repeats=0)
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(NormswapError, match=r"does not run on example_inputs .*: RuntimeError: .*channels"):
         compare(network(), (X[:, :2],), ["group"])
 
 

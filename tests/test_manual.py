@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 from typer.testing import CliRunner
 
@@ -43,6 +45,14 @@ def test_it_has_every_option() -> None:
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
         for option in set(re.findall(r"(?<![\w-])--[a-z-]+", shown)) - {"--help"}:
             assert f"`{option}`" in section or option in section, (name, option)
+
+
+def test_the_terminal_shows_every_help_text_whole() -> None:
+    """Brackets around a word are markup there, and would go."""
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            text = getattr(parameter, "help", None) or ""
+            assert Text.from_markup(text).plain == text, (command.name, parameter.name)
 
 
 def reached(value: Any, path: str) -> Iterator[Any]:

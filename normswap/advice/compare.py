@@ -137,8 +137,8 @@ def compare(
 
     Without ``backward`` only the forward pass is measured. ``options`` are the builders' own by kind,
     ``{"group": {"groups": 8}}``. A kind that no norm can become, or that does not run, has its reason instead of
-    figures. The model and its random state are left as they were. Raises :class:`NormswapError` for misuse, and what
-    the model itself raises on the inputs."""
+    figures. The model and its random state are left as they were. Raises :class:`NormswapError` for misuse, and where
+    the model itself does not run on the inputs."""
     check_model(model)
     check_runs(model)
     if not isinstance(example_inputs, tuple):
@@ -150,7 +150,13 @@ def compare(
         registry.builder(kind)
     with torch.random.fork_rng(), unmarked(model):
         own = _Variant(AS_IT_IS, copy_model(model), example_inputs, backward)
-        own.try_out()  # what it raises is the user's
+        try:
+            own.try_out()
+        except Exception as error:
+            shapes = ", ".join(str(tuple(value.shape)) for value in example_inputs if isinstance(value, Tensor))
+            raise NormswapError(
+                f"the model does not run on example_inputs ({shapes}): {type(error).__name__}: {error}"
+            ) from error
         variants = [own]
         refused: dict[str, Row] = {}
         for kind in wanted:

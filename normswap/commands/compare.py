@@ -22,7 +22,7 @@ def compare(
     model_arg: ModelArgs = None,
     inputs: Inputs = None,
     to: Annotated[
-        list[str] | None, typer.Option("--to", metavar="KIND", help="Only these kinds, repeatable [the usual ones].")
+        list[str] | None, typer.Option("--to", metavar="KIND", help="Only these kinds, repeatable; else the usual.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KIND.K=V", help="An option of a kind, repeatable.")

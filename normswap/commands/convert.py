@@ -49,7 +49,7 @@ from normswap.commands.shared import (
     surgery_of,
 )
 from normswap.console import say, working
-from normswap.data import load_batches, parse_preparation
+from normswap.data import check_takes, load_batches, parse_preparation
 from normswap.errors import NormswapError
 from normswap.images import ImageFolder
 from normswap.outcome import Check, carry_out, carry_out_file, check_kinds
@@ -156,6 +156,8 @@ def convert(
     batches = None if data is None else load_batches(data, batch_size, preparation)
     if isinstance(batches, ImageFolder):
         say(f"calibrating on {batches}")
+    if data is not None and batches is not None:
+        check_takes(source.model, batches, data)
     with working("planning"):
         plan = surgery.plan_convert(
             source.model,

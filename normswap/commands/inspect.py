@@ -39,7 +39,9 @@ def inspect(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="FILE", help="Measure on these inputs: .npy, .npz, .pt, or package.module:callable."
+            "--data",
+            metavar="FILE",
+            help="Measure on these inputs: .npy, .npz, .pt, a folder of images, or package.module:callable.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Samples in a batch of a --data file.")] = 64,

@@ -119,7 +119,7 @@ ImageSize = Annotated[
     str | None, typer.Option("--image-size", metavar="H[xW]", help="Crop of the images of a --data folder [224].")
 ]
 ImageResize = Annotated[
-    int | None, typer.Option("--image-resize", help="Their shorter side before it [the size divided by 0.875].")
+    int | None, typer.Option("--image-resize", help="Their shorter side before it; else the size divided by 0.875.")
 ]
 ImageMean = Annotated[
     str | None, typer.Option("--image-mean", metavar="R,G,B", help="Subtracted from values in [0, 1] [ImageNet's].")
