@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +95,7 @@ def test_each_norm_has_the_moments_of_the_one_it_replaced(kind: str, options: di
     batches = data(dims)
     original = settled(Network(dims), batches)
     model = convert(original, kind, example_inputs=(batches[0],), **options)
-    report = calibrate(model, original, batches, fit="moments", correct_biases=False, refit_heads=False)
+    report = calibrate(model, original, batches, fit="moments", correct_biases=False, refit_heads=False, check=False)
     assert [site.name for site in report.sites] == ["norm1", "norm2"]
     for name in ("norm1", "norm2"):
         for ours, theirs in zip(
@@ -210,6 +211,44 @@ def test_the_output_decides_between_the_fits() -> None:
     left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
     assert report.scores[report.fit] == pytest.approx(1 - float(left), abs=1e-9)
     assert report.scores[report.fit] > report.scores["unchanged"]
+
+
+def test_what_made_the_model_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = sys.modules["normswap.calibration.calibrate"]._writes
+    monkeypatch.setattr(
+        sys.modules["normswap.calibration.calibrate"],
+        "_writes",
+        lambda *given: [(tensor, value + 10) for tensor, value in fitted(*given)],
+    )
+    batches = data(count=8)
+    original = settled(Network(), batches)
+    model = convert(original, "group", channels_per_group=4)
+    before = picture(model)
+    report = calibrate(model, original, batches)
+    assert before.differences(model) == []
+    assert report.check is not None
+    assert report.check.put_back
+    assert report.check.batches == 1
+    assert report.check.after < report.check.before
+    assert (report.fit, report.biases, report.heads) == ("unchanged", (), ())
+    assert "the model is put back as it was" in str(report)
+    assert report.to_dict()["check"]["r2_after"] == report.check.after
+    assert report.to_dict()["check"]["put_back"] is True
+
+
+def test_what_made_the_model_better_stays() -> None:
+    batches = data(count=8)
+    original = settled(Network(), batches)
+    model = convert(original, "group", channels_per_group=4)
+    report = calibrate(model, original, iter(batches))
+    assert report.check is not None
+    assert not report.check.put_back
+    assert report.check.after > report.check.before
+    assert (report.batches, report.check.batches) == (8, 1)
+    with torch.no_grad():
+        wanted, got = (network(batches[7]) for network in (original, model))
+    left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    assert report.check.after == pytest.approx(1 - float(left), abs=1e-9)
 
 
 def test_what_is_better_already_stays() -> None:

@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from normswap.calibration import processes
 from normswap.calibration.batches import Forward, check_batches, check_runs
 from normswap.calibration.fit import Method
+from normswap.calibration.guard import Again, Fitting
 from normswap.calibration.refine import refined
-from normswap.calibration.report import Calibration, SiteFit
+from normswap.calibration.report import ROUNDING, Calibration, Check, SiteFit
 from normswap.calibration.run import Session
 from normswap.calibration.sites import Left, NormSite, functional_as_modules, linear_sites, pairs
 from normswap.calibration.trial import Trial
@@ -21,8 +23,6 @@ from normswap.errors import NormswapError
 
 Fit = Literal["auto", "moments", "least_squares"]
 IN_FLIGHT = 4
-ROUNDING = 1e-6
-"""A difference of R² below this is none."""
 
 
 def calibrate(
@@ -37,6 +37,7 @@ def calibrate(
     correct_biases: bool = True,
     refit_heads: bool = True,
     refine: int = 0,
+    check: bool = True,
 ) -> Calibration:
     """Set the affine of every converted norm of ``model``, in place, so that per channel its output is like that of the
     norm it replaced in ``reference``; and its running statistics, if it has any. No labels, no training.
@@ -54,6 +55,10 @@ def calibrate(
     alone, on the output of the reference. Under ``torch.distributed`` each process passes its own share of the data,
     and all get the same values: those of one process whose batches are theirs joined.
 
+    Where the model's output is then further from the reference's than before, on every eighth batch, run again, or with
+    fewer than eight as they were fitted, all is put back, and the report's ``check`` says so;
+    not with ``check=False``.
+
     Both models run in eval mode; flags, hooks, ``requires_grad``, random states, buffers are as before, and on an
     error the parameters too. Raises :class:`NormswapError` for misuse; what a ``forward`` raises comes through."""
     _check(model, reference, batches, fit, passes, in_flight, refine)
@@ -67,24 +72,32 @@ def calibrate(
             model, reference, sites, linear, forward, in_flight, biases=correct_biases, refit_heads=refit_heads
         )
         methods = _methods(sites, fit)
+        fitting = Fitting(batches, in_flight if check else 0)
         copied = Trial("unchanged", None, sites, linear)
         fits = [Trial(method, method, sites, linear) for method in methods]
         for _ in range(passes):
             for trial in (copied, *fits):
                 trial.next_pass()
-            session.go_through(batches, [copied, *fits])
+            session.go_through(fitting, [copied, *fits])
         scores = {trial.name: trial.agreement.score() for trial in (copied, *fits)}
         taken = fits[0] if fit != "auto" or math.isnan(scores[copied.name]) else _best([copied, *fits], scores)
         if refine:
-            better = refined(session, taken, batches, refine)
+            better = refined(session, taken, fitting, refine)
             scores["refined"] = better.agreement.score()
             taken = _best([taken, better], scores)
         changed = [] if taken is copied else [i for i in range(len(linear)) if taken.corrects(i)]
-        if taken is not copied:
-            _write(session, taken, changed)
+        checked = None
+        if taken is not copied and not check:
+            write(_writes(session, taken, changed))
+        elif taken is not copied:
+            checked = _write_checked(session, taken, changed, scores, fitting.held)
+            if checked.put_back:
+                taken, changed = copied, []
         refitted = {i for i in changed if taken.corrections[i].weight is not None}
         biases, heads = (tuple(linear[i].name for i in changed if (i in refitted) is which) for which in (False, True))
-        return Calibration(*_told(session, taken, copied, skips), taken.name, scores, session.batches, biases, heads)
+        return Calibration(
+            *_told(session, taken, copied, skips), taken.name, scores, session.batches, biases, heads, checked
+        )
 
 
 def _check(model: Any, reference: Any, batches: Any, fit: Any, passes: int, in_flight: int, refine: int) -> None:
@@ -137,14 +150,38 @@ def _best(trials: Sequence[Trial], scores: dict[str, float]) -> Trial:
     return best
 
 
-def _write(session: Session, taken: Trial, changed: Sequence[int]) -> None:
+def _write_checked(
+    session: Session, taken: Trial, changed: Sequence[int], scores: dict[str, float], held: list[Any]
+) -> Check:
+    """Write what was fitted, and take it back where the model is further from the reference than before."""
+    writes = _writes(session, taken, changed)
+    if not sum(processes.gathered(len(held))):
+        check = Check(taken.name, scores["unchanged"], scores[taken.name], 0)
+        if not check.put_back:
+            write(writes)
+        return check
+    there = Again(session, held)
+    before = there.score()
+    saved = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
+    kept = False
+    try:
+        write(writes)
+        check = Check(taken.name, before, there.score(), there.count)
+        kept = not check.put_back
+    finally:
+        if not kept:
+            write(saved)
+    return check
+
+
+def _writes(session: Session, taken: Trial, changed: Sequence[int]) -> Writes:
     writes: Writes = []
     for index, site in enumerate(session.sites):
         if taken.reached(index):
             writes += of_norm(site, taken.values[index], session.batches)
     for index in changed:
         writes += of_layer(session.linear[index], taken.corrections[index])
-    write(writes)
+    return writes
 
 
 def _told(

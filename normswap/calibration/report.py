@@ -14,6 +14,8 @@ from normswap.spec import MAP, SPACE, Norm
 WORST = 5
 LOW = 0.5
 """Below this R² a norm is worth a word of advice."""
+ROUNDING = 1e-6
+"""A difference of R² below this is none."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,32 @@ class SiteFit:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Of the model's output, R² with respect to the reference's, before and after calibration."""
+
+    fit: str
+    """What had been taken."""
+    before: float
+    after: float
+    batches: int
+    """The number of batches run again that it was measured on; 0: on all, as they were fitted."""
+
+    @property
+    def put_back(self) -> bool:
+        """Whether it was worse, so that the model is as it was. What cannot be measured is not worse."""
+        return not math.isnan(self.before) and not self.after >= self.before - ROUNDING
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"r2_before": _number(self.before), "r2_after": _number(self.after)}
+        return {"fit": self.fit, **numbers, "batches": self.batches, "put_back": self.put_back}
+
+    def __str__(self) -> str:
+        where = f"on {self.batches} batches run again" if self.batches else "on the batches that were fitted"
+        told = f"check {where}: R² of the model's output {_text(self.before)} before, {_text(self.after)} after"
+        return f"{told}; {self.fit} made it worse: the model is put back as it was" if self.put_back else told
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The outcome of :func:`normswap.calibrate`; ``str()`` is a table in execution order."""
 
@@ -69,6 +97,8 @@ class Calibration:
     """Layers whose bias took up a shift of the mean."""
     heads: tuple[str, ...] = ()
     """Layers behind the last fitted norm whose weight and bias were fitted."""
+    check: Check | None = None
+    """Whether the output came nearer; ``None`` where nothing was to be written, or with ``check=False``."""
 
     @property
     def worst(self) -> tuple[SiteFit, ...]:
@@ -84,6 +114,7 @@ class Calibration:
             "skips": [{"name": left.name, "reason": left.reason} for left in self.skips],
             "biases": list(self.biases),
             "heads": list(self.heads),
+            "check": None if self.check is None else self.check.to_dict(),
             "worst": [site.name for site in self.worst],
         }
 
@@ -91,6 +122,8 @@ class Calibration:
         counts = f"{len(self.sites)} norms fitted on {self.batches} batches, {len(self.skips)} left as they are"
         tried = ", ".join(f"{name} {_text(score)}" for name, score in self.scores.items())
         lines = [f"calibration: {counts}", f"taken: {self.fit}; R² of the model's output: {tried or 'not measured'}"]
+        if self.check is not None:
+            lines.append(str(self.check))
         if self.biases:
             lines.append(f"bias corrected: {', '.join(self.biases)}")
         if self.heads:
