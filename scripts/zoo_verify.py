@@ -1,7 +1,7 @@
 """The ``verify`` command of ``scripts/zoo.py``: whether correct programs of real models are taken for equivalent.
 
 A cell is ``ok``, ``wrong`` (a false alarm), ``inconclusive`` (the reference's own output says nothing: it is not finite
-in 16 bits), ``exporter`` (torch's exporter or the runtime's loader failed, whose error
+in 16 bits), ``exporter`` (torch's exporter or the runtime itself failed, whose error
 it carries) or ``crash``. The columns are programs that are right:
 
 - ``kernels``: the unmodified model in float32, run without oneDNN, whose kernels add in another order; six sets of
@@ -62,6 +62,8 @@ def cell(compare: Callable[[], normswap.Verification]) -> dict[str, Any]:
         raise
     excess = max((row.excess for row in found.rows), default=0.0)
     detail = "" if found else "; ".join(found.remarks())[:200]
+    if "[ONNXRuntimeError]" in detail:
+        return {"status": "exporter", "detail": detail[:160]}
     different = any(row.verdict == "different" for row in found.rows)
     return {"status": "ok" if found else "wrong" if different else "inconclusive", "detail": detail, "error": excess}
 
