@@ -179,11 +179,8 @@ SOURCES: dict[str, Line] = {
 }
 KINDS = [kind for kind in kinds() if registry.planner(kind) is None]
 ONE_OF_EACH = {
-    "BatchNorm1d (N, C)", "BatchNorm2d", "BatchNorm2d without statistics", "FrozenBatchNorm", "GroupNorm",
-    "GroupNorm (N, C)", "LayerNorm", "LayerNorm over channels", "InstanceNorm2d", "InstanceNorm2d with affine",
-    "RMSNorm over channels", "SwitchableNorm2d", "SwitchableNorm2d without batch", "AdaptiveInstanceNorm2d",
-    "AdaptiveBatchNorm2d", "ConditionalNorm2d", "ConditionalNorm over instances", "DomainBatchNorm2d", "EvoNormS02d",
-    "LearnedGroupNorm2d", "MultiscaleNorm2d", "PositionalNorm1d (N, C)", "VirtualBatchNorm2d",
+    "BatchNorm1d (N, C)", "BatchNorm2d", "BatchNorm2d without statistics", "GroupNorm", "LayerNorm over channels",
+    "InstanceNorm2d with affine", "SwitchableNorm2d", "ConditionalNorm2d", "DomainBatchNorm2d", "EvoNormS02d",
 }  # fmt: skip
 PAIRS = [(name, kind) for name in SOURCES for kind in KINDS if kind not in FEWER_SOURCES or name in ONE_OF_EACH]
 pytestmark = pytest.mark.usefixtures("ambient_condition")
@@ -506,7 +503,7 @@ class TestOver:
 
 class TestGroupCount:
     @given(st.integers(1, 4096))
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=60)
     def test_default_is_the_nearest_divisor_that_leaves_two_channels(self, channels: int) -> None:
         count = group_count(channels)
         assert channels % count == 0
@@ -517,7 +514,7 @@ class TestGroupCount:
                 assert ours < theirs or (ours == theirs and count <= other)
 
     @given(st.integers(1, 512), st.integers(1, 512))
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=60)
     def test_a_given_count_is_exact_or_an_error(self, channels: int, given_count: int) -> None:
         for name in ("groups", "channels_per_group"):
             if channels % given_count:
