@@ -9,6 +9,12 @@ class NormswapError(ValueError):
     """Misuse: what went wrong, where (dotted name, file or key), and how to mend it."""
 
 
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise :class:`NormswapError` for an option that is no whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise NormswapError(f"{name}={value!r}: it must be a whole number of at least {least}")
+
+
 class Refusal(Exception):
     """Raised by a reader or a builder that cannot serve one norm; the engine turns it into a ``Skip`` with this
     reason."""

@@ -21,7 +21,7 @@ from normswap.calibration.batches import check_runs, floats
 from normswap.engine.convert import plan_convert
 from normswap.engine.copying import copy_model
 from normswap.engine.sites import check_model
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, check_whole
 from normswap.graph.state import unmarked
 
 USUAL = ("batch", "group", "layer", "instance", "rms", "switchable", "frozen", "identity")
@@ -143,8 +143,7 @@ def compare(
     check_runs(model)
     if not isinstance(example_inputs, tuple):
         raise NormswapError(f"example_inputs is {type(example_inputs).__name__}; it must be a tuple: (x,)")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise NormswapError(f"repeats={repeats!r}: it must be a whole number of at least 1")
+    check_whole("repeats", repeats)
     wanted = tuple(USUAL if kinds is None else dict.fromkeys(kinds))
     for kind in (*wanted, *(options or ())):
         registry.builder(kind)

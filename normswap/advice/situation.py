@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from normswap.engine import Site, find, plan_fold
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, check_whole
 from normswap.graph.observe import eval_mode
 from normswap.spec import POSITION
 
@@ -50,8 +50,8 @@ class Situation:
                 raise NormswapError(f"{name}={value!r}; it is one of: {', '.join(get_args(choice))}")
         for name in ("batch_size", "devices"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise NormswapError(f"{name}={value!r}: it must be a whole number of at least 1")
+            if value is not None:
+                check_whole(name, value)
         for name in ("private", "federated", "pretrained"):
             if not isinstance(getattr(self, name), bool):
                 raise NormswapError(f"{name}={getattr(self, name)!r}: it is True or False")

@@ -19,7 +19,7 @@ from normswap.calibration.sites import Left, NormSite, functional_as_modules, li
 from normswap.calibration.trial import Trial
 from normswap.calibration.write import Writes, of_layer, of_norm, write
 from normswap.engine.sites import check_model
-from normswap.errors import NormswapError
+from normswap.errors import NormswapError, check_whole
 
 Fit = Literal["auto", "moments", "least_squares"]
 IN_FLIGHT = 4
@@ -108,16 +108,10 @@ def _check(model: Any, reference: Any, batches: Any, fit: Any, passes: int, in_f
         raise NormswapError("model and reference are the same object: the reference is the model before conversion")
     if fit not in get_args(Fit):
         raise NormswapError(f"fit={fit!r}; it is one of: {', '.join(get_args(Fit))}")
-    check_counts(passes=(passes, 1), in_flight=(in_flight, 1), refine=(refine, 0))
+    for name, value, least in (("passes", passes, 1), ("in_flight", in_flight, 1), ("refine", refine, 0)):
+        check_whole(name, value, least)
     again = f"passes={passes}" if passes > 1 else f"refine={refine}" if refine else None
     check_batches(batches, None if again is None else f"{again} goes over them again")
-
-
-def check_counts(**counts: tuple[Any, int]) -> None:
-    """Raise :class:`NormswapError` for a value that is no whole number, or below its least."""
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise NormswapError(f"{name}={value!r}: it must be a whole number of at least {least}")
 
 
 def _check_apart(sites: Sequence[NormSite], reference: nn.Module) -> None:

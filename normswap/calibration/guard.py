@@ -17,7 +17,6 @@ from normswap.calibration import processes
 from normswap.calibration.batches import run
 from normswap.calibration.run import Session
 from normswap.calibration.trial import Agreement
-from normswap.errors import NormswapError
 from normswap.graph.observe import eval_mode
 
 EVERY = 8
@@ -66,9 +65,5 @@ class Again:
                 found = [run(model, batch, self.session.forward) for batch in self.batches]
         except Exception as raised:
             error = raised
-        told = [text for text in processes.gathered(None if error is None else repr(error)) if text is not None]
-        if error is not None:
-            raise error
-        if told:
-            raise NormswapError(f"another process failed: {told[0]}")
+        processes.fail_together(error)
         return found

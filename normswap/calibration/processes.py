@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from normswap.errors import NormswapError
+
 
 def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -21,6 +23,15 @@ def total(tensor: Tensor) -> Tensor:
     summed = tensor.detach().to(device, copy=True)
     dist.all_reduce(summed)
     return summed.to(tensor.device)
+
+
+def fail_together(error: BaseException | None) -> None:
+    """Raise ``error``; where it is another process's, a :class:`NormswapError` that tells it."""
+    told = [text for text in gathered(None if error is None else repr(error)) if text is not None]
+    if error is not None:
+        raise error
+    if told:
+        raise NormswapError(f"another process failed: {told[0]}")
 
 
 def gathered(value: Any) -> list[Any]:

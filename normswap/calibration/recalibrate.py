@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from normswap.calibration.batches import Forward, check_batches, check_runs
-from normswap.calibration.calibrate import IN_FLIGHT, check_counts
+from normswap.calibration.calibrate import IN_FLIGHT
 from normswap.calibration.fit import Values
 from normswap.calibration.report import Estimate, Recalibration
 from normswap.calibration.run import Session
@@ -21,6 +21,7 @@ from normswap.calibration.sites import Left, NormSite, parameter_users, unfit
 from normswap.calibration.trial import Trial
 from normswap.calibration.write import of_norm, write
 from normswap.engine.sites import Site, check_model, survey
+from normswap.errors import check_whole
 from normswap.graph.references import references
 
 
@@ -42,7 +43,8 @@ def recalibrate(
     :class:`NormswapError` for misuse; what a ``forward`` raises comes through."""
     check_model(model)
     check_runs(model)
-    check_counts(passes=(passes, 1), in_flight=(in_flight, 1))
+    check_whole("passes", passes)
+    check_whole("in_flight", in_flight)
     check_batches(batches, f"passes={passes} goes over them again" if passes > 1 else None)
     sites: list[NormSite] = []
     skips: list[Left] = []

@@ -184,11 +184,7 @@ def _advance(passes: Sequence[tuple[Pass, Any]], to_the_end: bool = False) -> No
         if not processes.several():
             raise
         error = raised
-    told = [text for text in processes.gathered(None if error is None else repr(error)) if text is not None]
-    if error is not None:
-        raise error
-    if told:
-        raise NormswapError(f"another process failed: {told[0]}")
+    processes.fail_together(error)
 
 
 def _next(passes: Sequence[Pass]) -> Waits | None:

@@ -88,10 +88,13 @@ class Origin:
 
     def of_tensor(self, tensors: Mapping[str, Any], name: str) -> Span | None:
         """Where the values of a tensor lie, row by row; ``None`` where no file has them so."""
-        place = tensors.places[name] if isinstance(tensors, LazyTensors) else tensors[name]
+        if not isinstance(tensors, LazyTensors):
+            place = tensors[name]
+        elif tensors.whole_in_files:
+            place = tensors.places[name]
+        else:
+            return None
         if isinstance(place, Path):
-            if isinstance(tensors, LazyTensors) and not tensors.whole_in_files:
-                return None
             if place not in self._headers:
                 self._headers[place] = safetensors_spans(place)
             return self._headers[place][name]

@@ -25,7 +25,7 @@ from normswap.engine.plan import Change, Plan, Skip
 from normswap.engine.select import excluded
 from normswap.engine.sites import Site
 from normswap.engine.weighted import layer_sites, plain_weight
-from normswap.engine.weights import check_whole
+from normswap.errors import check_whole
 from normswap.fold.passages import Flow
 from normswap.graph.references import Reference
 

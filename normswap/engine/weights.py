@@ -22,7 +22,7 @@ from normswap.engine.network import Network, change
 from normswap.engine.plan import Change, Plan
 from normswap.engine.sites import Site
 from normswap.engine.weighted import LAYERS, output_axis, plain_weight
-from normswap.errors import NormswapError, Refusal
+from normswap.errors import NormswapError, Refusal, check_whole
 from normswap.fold import bake
 from normswap.graph.trace import regions
 from normswap.norms.weight_standardized import EPS, FORMS, preserving_gain
@@ -213,9 +213,3 @@ def _has_zeros(module: Any, *, every: bool = False) -> bool:
         return False
     zero = (weight.movedim(output_axis(module), 0).flatten(1) == 0).all(1)
     return bool(zero.all() if every else zero.any())
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise :class:`NormswapError` for an option that is no whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise NormswapError(f"{name}={value!r}: it must be a whole number of at least {least}")

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError, Refusal
-from normswap.norms.adopt import channels_first, dimensions
+from normswap.errors import NormswapError
+from normswap.norms.adopt import channels_first, dimensions, has_space
 from normswap.norms.batch import eps_of
 from normswap.norms.condition import Need, NeedsCondition, per_sample
 from normswap.norms.moments import Coefficients, Moments, affine, measured, normalize
@@ -133,6 +133,5 @@ def read(module: AdaptiveInstanceNorm) -> Norm:
 @builds("adaptive_instance")
 def build(norm: Norm) -> AdaptiveInstanceNorm:
     channels_first(norm, "adaptive_instance")
-    if norm.ranks is not None and 2 in norm.ranks:
-        raise Refusal("its input is or may be (N, C), where an instance is a single value; example_inputs settle it")
+    has_space(norm, "an instance")
     return CLASSES[dimensions(norm) or 0](norm.channels, eps_of(norm))

@@ -60,6 +60,12 @@ def channels_first(norm: Norm, kind: str) -> None:
         raise Refusal(f"its channels are on the last axis; {kind} has them on axis 1")
 
 
+def has_space(norm: Norm, what: str) -> None:
+    """Refuse a norm whose input may be ``(N, C)``, where ``what`` is normalized by itself."""
+    if norm.ranks is not None and 2 in norm.ranks:
+        raise Refusal(f"its input is or may be (N, C), where {what} is a single value; example_inputs settle it")
+
+
 def is_instance(norm: Norm) -> bool:
     """Whether it normalizes every sample and channel by its own mean and biased variance."""
     own = norm.pools == SPACE or ("channel" in norm.pools and norm.groups == norm.channels)

@@ -15,14 +15,15 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from normswap.errors import NormswapError, Refusal
+from normswap.errors import NormswapError, check_whole
+from normswap.norms.adopt import has_space
 from normswap.norms.condition import Need, NeedsCondition, indices, per_sample
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.rows import alike, check_count, chosen, nearest, repeated_parameter
-from normswap.norms.tracked import TrackedNorm, assemble, fields
+from normswap.norms.rows import adopt_rows, alike, chosen, nearest, repeat_affine
+from normswap.norms.tracked import TrackedNorm, assemble, batch_normalized, fields
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, SPACE, Form, Norm, reference
 
@@ -45,8 +46,7 @@ def conditioned(
     if running_mean is not None and running_var is not None:
         dtype = moments.mean.dtype
         return affine(running_mean.to(dtype), running_var.to(dtype), weight, bias, eps)
-    seen = moments.over_batch()
-    return affine(*seen, weight, bias, eps, seen)
+    return batch_normalized(moments, weight, bias, eps=eps)
 
 
 def check_over(over: object) -> None:
@@ -77,17 +77,14 @@ class ConditionalNorm(TrackedNorm, NeedsCondition):
         classes: int = 2,
         over: Over = "batch",
     ) -> None:
-        check_count("classes", classes)
+        check_whole("classes", classes)
         check_over(over)
         self.classes, self.over = classes, over
         tracked = track_running_stats and over == "batch"
         super().__init__(num_features, eps, momentum, affine, tracked, device, dtype, bias=bias)
 
     def _more_parameters(self, where: dict[str, Any]) -> None:
-        for name in ("weight", "bias"):
-            row = getattr(self, name)
-            if row is not None:
-                self.register_parameter(name, nn.Parameter(row.detach().repeat(self.classes, 1)))
+        repeat_affine(self, self.classes)
 
     def accept(self, value: Any) -> Tensor:
         """Indices ``(1 or N,)`` or weights ``(1 or N, classes)``."""
@@ -180,15 +177,13 @@ def build(norm: Norm, *, classes: int | None = None, over: Over | None = None) -
     if classes is None:
         rows = None if form is None else next(iter(form.tensors.values()), None)
         classes = 2 if rows is None else len(rows)
-    check_count("classes", classes)
+    check_whole("classes", classes)
     if over is None:
         over = "instance" if norm.pools == SPACE and not norm.has_statistics else "batch"
     check_over(over)
-    if over == "instance" and norm.ranks is not None and 2 in norm.ranks:
-        raise Refusal("its input is or may be (N, C), where an instance is a single value; example_inputs settle it")
+    if over == "instance":
+        has_space(norm, "an instance")
     kept = form is not None and all(len(rows) == classes for rows in form.tensors.values())
     module = assemble(norm, "conditional", CLASSES, tracked=over == "batch", classes=classes, over=over)
-    for name, field_name in (("weight", "weights"), ("bias", "biases")):
-        rows = getattr(form, field_name) if kept else repeated_parameter(norm, name, classes)
-        module.register_parameter(name, rows)
+    adopt_rows(module, norm, form if kept else None, classes)
     return module

@@ -17,15 +17,23 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from normswap.errors import check_whole
 from normswap.norms.adopt import channels_first, dimensions, like
 from normswap.norms.batch import eps_of
 from normswap.norms.condition import Need, NeedsCondition, indices, per_sample
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum, share_of
-from normswap.norms.rows import alike, check_count, chosen, nearest, repeated, repeated_parameter
+from normswap.norms.rows import (
+    adopt_rows,
+    alike,
+    chosen,
+    nearest,
+    repeat_affine,
+    repeated,
+)
 from normswap.norms.tracked import TrackedNorm, fields, momentum_of
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, Form, Norm
@@ -78,12 +86,10 @@ class DomainBatchNorm(TrackedNorm, NeedsCondition):
         bias: bool = True,
         domains: int = 2,
     ) -> None:
-        check_count("domains", domains)
+        check_whole("domains", domains)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.domains = domains
-        for name in ("weight", "bias"):
-            if (row := getattr(self, name)) is not None:
-                self.register_parameter(name, nn.Parameter(row.detach().repeat(domains, 1)))
+        repeat_affine(self, domains)
         for name in self.statistics:
             if (buffer := getattr(self, name)) is not None:
                 self.register_buffer(name, repeated(buffer, domains))
@@ -198,14 +204,12 @@ def build(norm: Norm, *, domains: int | None = None) -> DomainBatchNorm:
     form = norm.form if isinstance(norm.form, DomainForm) else None
     if domains is None:
         domains = 2 if form is None else form.module.domains
-    check_count("domains", domains)
+    check_whole("domains", domains)
     cls = CLASSES[dimensions(norm) or 0]
     module = cls(norm.channels, eps_of(norm), momentum_of(norm), False, **like(norm), domains=domains)
     kept = form is not None and form.module.domains == domains
     module.affine = norm.weight is not None or norm.bias is not None
-    for name, field_name in (("weight", "weights"), ("bias", "biases")):
-        rows = getattr(form, field_name) if kept else repeated_parameter(norm, name, domains)
-        module.register_parameter(name, rows)
+    adopt_rows(module, norm, form if kept else None, domains)
     for name, field_name in (
         ("running_mean", "means"),
         ("running_var", "variances"),

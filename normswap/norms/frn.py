@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap.errors import Refusal
-from normswap.norms.adopt import adopt_affine, channels_first, dimensions, like
+from normswap.norms.adopt import adopt_affine, channels_first, dimensions, has_space, like
 from normswap.norms.moments import Coefficients, Moments, normalize
 from normswap.norms.tracked import check_flag, check_input
 from normswap.registry import builds, reads
@@ -135,8 +134,7 @@ def read(module: FilterResponseNorm) -> Norm:
 def build(norm: Norm, *, threshold: bool = False) -> FilterResponseNorm:
     check_flag("threshold", threshold)
     channels_first(norm, "frn")
-    if norm.ranks is not None and 2 in norm.ranks:
-        raise Refusal("its input is or may be (N, C), where a response is a single value; example_inputs settle it")
+    has_space(norm, "a response")
     cls = CLASSES[dimensions(norm) or 0]
     module = cls(norm.channels, EPS if norm.eps is None else norm.eps, affine=False, threshold=False)
     if threshold:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normswap.errors import NormswapError
+from normswap.errors import check_whole
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import BatchTrained, assemble, fields
@@ -60,8 +60,7 @@ class GhostBatchNorm(BatchTrained):
         virtual_batch: int = VIRTUAL_BATCH,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        if isinstance(virtual_batch, bool) or not isinstance(virtual_batch, int) or virtual_batch < 1:
-            raise NormswapError(f"virtual_batch={virtual_batch!r}: it must be a whole number of at least 1")
+        check_whole("virtual_batch", virtual_batch)
         self.virtual_batch = virtual_batch
 
     def train_forward(self, x: Tensor) -> Tensor:

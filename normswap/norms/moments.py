@@ -28,7 +28,7 @@ twice, the same is written in plain operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -207,18 +207,13 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(ctx, x, tensors, gradients[0])
+            return again(ctx, plain(x, ctx.function, *tensors)[0], x, tensors, gradients[0])
         small: _Small = ctx.small
         over, mean, var = small.over, small.mean, small.var
         dense, grad = over.dense(x), over.dense(gradients[0])
         total, product = over.sums(dense, grad)
         outputs = [(out, g) for out, g in ((small.scale, product), (small.shift, total)) if out.requires_grad]
-        wanted = [t for t in (mean, var, *small.leaves) if t is not None and t.requires_grad]
-        found: dict[int, Tensor] = {}
-        if outputs and wanted:
-            made, given = zip(*outputs, strict=True)
-            grads = torch.autograd.grad(made, wanted, given, retain_graph=True, allow_unused=True)
-            found = {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
+        found = small_gradients(outputs, (mean, var, *small.leaves))
         dx = None
         if ctx.needs_input_grad[0]:
             slope = found.get(id(var), torch.zeros_like(var)) * (2 / max(over.count, 1))
@@ -227,10 +222,24 @@ class _Normalize(torch.autograd.Function):
         return dx, None, *(None if t is None else found.get(id(t)) for t in small.leaves)
 
 
-def _again(ctx: Any, x: Tensor, tensors: list[Tensor | None], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients in plain operations, to be differentiated again."""
-    out, _ = plain(x, ctx.function, *tensors)
-    inputs = zip((x, None, *tensors), ctx.needs_input_grad, strict=True)
+def small_gradients(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """By ``id``, the gradients of those of ``inputs`` that have one, from those of ``outputs``."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if not outputs or not wanted:
+        return {}
+    made, given = zip(*outputs, strict=True)
+    grads = torch.autograd.grad(made, wanted, given, retain_graph=True, allow_unused=True)
+    return {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
+
+
+def again(
+    ctx: Any, out: Tensor, x: Tensor, tensors: Sequence[Tensor | None], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``out``, made of ``x`` and ``tensors`` in plain operations, to be differentiated again.
+
+    Between ``x`` and ``tensors`` stand arguments that are no tensors."""
+    others = len(ctx.needs_input_grad) - 1 - len(tensors)
+    inputs = zip((x, *[None] * others, *tensors), ctx.needs_input_grad, strict=True)
     wanted = [t for t, needed in inputs if needed and t is not None]
     grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.errors import NormswapError, Refusal
-from normswap.norms.adopt import is_instance, like
+from normswap.norms.adopt import has_space, is_instance, like
 from normswap.norms.momentum import Momentum
 from normswap.norms.passes import wide
 from normswap.norms.tracked import TrackedNorm, assemble, check_input, fields
@@ -206,8 +206,7 @@ def build(
     gradient of the gates is then nothing."""
     form = norm.form if isinstance(norm.form, ScalesForm) else None
     chosen = check_scales((SCALES if form is None else form.scales) if scales is None else scales)
-    if norm.ranks is not None and 2 in norm.ranks:
-        raise Refusal("its input is or may be (N, C), where a cell is a single value; example_inputs settle it")
+    has_space(norm, "a cell")
     if init == "preserve" and (chosen[0] != 1 or not is_instance(norm)):
         raise Refusal("a multiscale norm cannot compute the same (init='preserve'); use init='copy'")
     module = assemble(norm, "multiscale", CLASSES, tracked=False, scales=chosen)

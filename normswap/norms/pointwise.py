@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.norms.moments import Moments, _empty, _plainly, measured
+from normswap.norms.moments import Moments, _empty, _plainly, again, measured, small_gradients
 from normswap.norms.passes import NativePasses, Passes, passes
 
 
@@ -94,17 +94,12 @@ class _Transform(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(ctx, x, tensors, gradients[0])
+            return again(ctx, plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
         over, mean, var, leaves, values = ctx.small
         dense, grad = over.dense(x), over.dense(gradients[0])
         direct, sums = _blockwise(over, ctx.functions[1], dense, grad, values, ctx.needs_input_grad[0])
         outputs = [(out, g) for out, g in zip(values, sums, strict=True) if out.requires_grad]
-        wanted = [t for t in (mean, var, *leaves) if t is not None and t.requires_grad]
-        found: dict[int, Tensor] = {}
-        if outputs and wanted:
-            made, given = zip(*outputs, strict=True)
-            grads = torch.autograd.grad(made, wanted, given, retain_graph=True, allow_unused=True)
-            found = {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
+        found = small_gradients(outputs, (mean, var, *leaves))
         dx = None
         if direct is not None:
             slope = found.get(id(var), torch.zeros_like(var)) * (2 / over.count)
@@ -133,12 +128,3 @@ def _blockwise(
         for total, each in zip(totals, found[-len(own) :], strict=True):
             total[part].add_(each)
     return out, [over.small(total) for total in totals]
-
-
-def _again(ctx: Any, x: Tensor, tensors: list[Tensor | None], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients in plain operations, to be differentiated again."""
-    out, _ = plain(x, *ctx.functions, *tensors)
-    inputs = zip((x, None, None, *tensors), ctx.needs_input_grad, strict=True)
-    wanted = [t for t, needed in inputs if needed and t is not None]
-    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
-    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

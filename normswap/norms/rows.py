@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError
 from normswap.norms.adopt import parameter
 from normswap.spec import Norm
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise :class:`NormswapError` for a number of classes that is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise NormswapError(f"{name}={value!r}: it must be a whole number of at least 1")
 
 
 def alike(*several: Tensor | None) -> bool:
@@ -42,6 +37,22 @@ def repeated_parameter(norm: Norm, name: str, count: int) -> nn.Parameter | None
         return None
     own = parameter(tensor, norm)
     return nn.Parameter(own.detach().expand(count, -1).clone(), requires_grad=own.requires_grad)
+
+
+def repeat_affine(module: nn.Module, count: int) -> None:
+    """Make weight and bias of ``module`` ``count`` rows of what they are."""
+    for name in ("weight", "bias"):
+        row = getattr(module, name)
+        if row is not None:
+            module.register_parameter(name, nn.Parameter(row.detach().repeat(count, 1)))
+
+
+def adopt_rows(module: nn.Module, norm: Norm, form: Any, count: int) -> None:
+    """Give ``module`` the rows ``weights`` and ``biases`` of ``form``, or without one those of ``norm`` for each
+    class."""
+    for name, field_name in (("weight", "weights"), ("bias", "biases")):
+        rows = repeated_parameter(norm, name, count) if form is None else getattr(form, field_name)
+        module.register_parameter(name, rows)
 
 
 def chosen(rows: Tensor | None, choice: Tensor) -> Tensor | None:

@@ -30,11 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normswap.errors import NormswapError, Refusal
+from normswap.errors import NormswapError, Refusal, check_whole
 from normswap.norms.adopt import is_instance, like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.rows import check_count
 from normswap.norms.tracked import TrackedNorm, assemble, batch_normalized, fields
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, SPACE, Form, Norm
@@ -192,7 +191,7 @@ def build(
     norm: Norm, *, reference_size: int = REFERENCE_SIZE, init: Literal["copy", "preserve", "reset"] = "copy"
 ) -> VirtualBatchNorm:
     """``reference_size``: the samples that running statistics of ``norm`` stand for."""
-    check_count("reference_size", reference_size)
+    check_whole("reference_size", reference_size)
     if not norm.has_statistics and norm.ranks is not None and 2 in norm.ranks:
         raise Refusal("its input is or may be (N, C), and it has no running statistics: nothing to normalize by")
     if init == "preserve" and not is_instance(norm):

@@ -45,7 +45,6 @@ from normswap.onnx.graph import (
     label,
     name_of,
     shape_of,
-    value_uses,
 )
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -300,8 +299,3 @@ def add_behind(view: View, node: ir.Node, tensor: Tensor, name: str) -> None:
     kept, output.name = output.name, view.fresh(f"{output.name}_product")
     new.name = kept
     graph.insert_after(node, adder)
-
-
-def reads_only_values(view: View, node: ir.Node, value: ir.Value) -> bool:
-    """Whether a layer reads a value as its input and as nothing else."""
-    return [index for reader, index in value_uses(value) if reader is node] == [0]
