@@ -23,6 +23,7 @@ from normswap.onnx.export import export
 from normswap.verification import Verification, load_inputs, verify
 from normswap.verification.criterion import FACTOR, ULPS
 from normswap.verification.outputs import flatten
+from normswap.verification.reference import Reference, moved
 from tests.support import picture, randomise
 
 
@@ -260,6 +261,48 @@ class TestCriterion:
         assert given.floor is not None
         assert FACTOR * given.floor + ULPS * 2**-23 < given.relative
         assert found
+
+    def test_one_lucky_run_is_not_the_floor(self) -> None:
+        """The reference's sums are exact by the last bits of its weights; one rounding away they are not."""
+
+        class Sum(nn.Module):
+            def __init__(self, weight: float) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.full((100,), weight))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return ((x + self.weight - self.weight) * 1000).sin()
+
+        lucky = float(torch.tensor(3.9).view(torch.int32).bitwise_and(-2).view(torch.float32))
+        x = (torch.rand(4, 100) * 8).round() / 8
+        found = verify(Sum(lucky), Sum(7.9), (x,), backend="eager", vary=False)
+        assert found, str(found)
+        (row,) = found.rows
+        assert row.floor is not None
+        assert 1e-5 < row.floor < 1e-3
+        assert any("given: the reference's own error there is low by luck" in note for note in found.notes)
+        (row,) = verify(Sum(lucky), Sum(lucky), (x,), backend="eager", vary=False).rows
+        assert (row.floor or 0) < 1e-6, "only what is over its floor is looked at"
+        assert not verify(Sum(lucky), Returns(lambda x: (x * 1000.1).sin()), (x,), backend="eager", vary=False)
+
+    def test_the_samples_of_rounding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for name, tensor in moved(copy.deepcopy(model), 0).state_dict().items():
+            if name == "0.weight":
+                off = (tensor - given[name]).abs()
+                assert 0 < float((off > 0).double().mean()) < 1
+                assert bool((off <= 2**-22 * given[name].abs()).all())
+            elif name.startswith("1."):
+                assert torch.equal(tensor, given[name]), "whole numbers may be positions"
+        seen: list[int] = []
+        monkeypatch.setattr(Reference, "nearby", lambda self, answers, inputs: (seen.append(1), answers)[1])
+        faulty = changed(model, lambda m: m[0].weight.mul_(1.01))
+        assert not eager(model, faulty, torch.randn(2, 3, 9, 9))
+        assert len(seen) == 1, "one set of inputs that stays different is enough"
+        assert not verify(model, faulty, (torch.randn(2, 3, 9, 9),), backend="eager", atol=1e-9)
+        assert eager(model, copy.deepcopy(model), torch.randn(2, 3, 9, 9))
+        assert len(seen) == 1
 
     def test_random_outputs_prove_nothing(self) -> None:
         model = Returns(lambda x: x + torch.rand(x.shape, dtype=x.dtype))

@@ -21,6 +21,8 @@ channel    root of the mean square         the same, of that channel (axis 1)   
 - Luck can make a floor low or a value near zero. A floor or a scale below its median over all inputs is lifted to
   that median, that of a channel also to the median over the channels; the floor of an output with fewer than ``FEW``
   values is twice the largest one. Channels with fewer than ``FEW`` values are not judged one by one.
+- One run is one sample of rounding. Where the candidate is above its floor, the reference runs three times more with
+  every weight and buffer off by up to one :math:`\epsilon`, and the floor is that of the run that is furthest off.
 - A floor above :math:`\epsilon^{1/3}` (0.5 % of the scale in float32) can prove nothing: random or chaotic outputs are
   *inconclusive*, which is not equivalent. Here :math:`\epsilon` is that of the reference's coarsest parameters if that
   is larger: half precision is not random when its output is cast to float32.
@@ -170,11 +172,12 @@ def measure(
     got: Tensor,
     tolerance: tuple[float, float] | None = None,
     coarsest: float = 0.0,
+    others: Sequence[Any] = (),
 ) -> Measured:
     """``row`` with the errors of ``got`` filled in; what depends on the other inputs is left to :func:`judge`.
 
     ``own`` is the reference in its own dtype, ``wide`` in float64 and ``noise`` the run whose error is the floor, both
-    ``None`` where there is no float64 run; all of one shape.
+    ``None`` where there is no float64 run; ``others`` are more runs like ``noise``; all of one shape.
     """
     known = isinstance(wide, Tensor) and isinstance(noise, Tensor) and wide.shape == noise.shape == own.shape
     truth = wide if known else own
@@ -186,6 +189,9 @@ def measure(
     floor = share = None
     if known:
         own_error, _ = _difference(noise, truth)
+        alike = [other for other in others if isinstance(other, Tensor) and other.shape == truth.shape]
+        if alike:
+            own_error = max(own_error, *(_difference(other, truth)[0] for other in alike), key=_mean)
         own_error *= epsilon / epsilon_of(noise.dtype) if epsilon else 1.0
         if noise is not own:  # A float64 output need not have been computed in float64.
             own_error = torch.maximum(own_error, _difference(own, truth)[0])

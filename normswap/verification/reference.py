@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from normswap.verification.inputs import Arguments, Variation
 from normswap.verification.outputs import Outputs
 from normswap.verification.precision import call, call_in, cast
 
+SAMPLES = 3
+"""Runs beside the reference's own that say what rounding does to it, where one is not enough."""
 WIDER = "error relative to the reference in its own dtype at most eps^(2/3): "
 
 
@@ -30,6 +32,8 @@ class Answers:
     """Of the run whose error is the noise floor: ``own``, or float32 for outputs in float64; empty likewise."""
     coarsest: float = 0.0
     """The largest machine epsilon among the dtypes of the reference's parameters."""
+    others: tuple[Outputs, ...] = ()
+    """Of runs like that of ``noise``, with weights a rounding away."""
 
 
 class Reference:
@@ -88,6 +92,19 @@ class Reference:
         doubles = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in own.values())
         return Answers(own, wide, self._in(torch.float32, inputs) if doubles else own, self._coarsest())
 
+    def nearby(self, answers: Answers, inputs: Arguments) -> Answers:
+        """``answers`` with :data:`SAMPLES` more runs, each with every weight and buffer off by up to one epsilon.
+
+        Values that are whole numbers stay: they may be positions."""
+        assert self.model is not None
+        dtype = None if answers.noise is answers.own else torch.float32
+        found = []
+        for seed in range(SAMPLES):
+            model = isolated(self.model, share=False)
+            model = moved(model if dtype is None else cast(model, dtype), seed)
+            found.append(call(model, inputs) if dtype is None else call_in(model, inputs, dtype))
+        return replace(answers, others=tuple(found))
+
     def _coarsest(self) -> float:
         parameters = () if self.model is None else self.model.parameters()
         return max((epsilon_of(parameter.dtype) for parameter in parameters), default=0.0)
@@ -102,3 +119,15 @@ class Reference:
             copied = isolated(self.model, share=False)
             self.copies[dtype] = copied if dtype is None else cast(copied, dtype)
         return self.copies[dtype]
+
+
+@torch.no_grad()
+def moved(model: nn.Module, seed: int) -> nn.Module:
+    """``model`` with its floating-point parameters and buffers off by up to one epsilon each, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.layout == torch.strided:
+            share = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            off = tensor.double() * (1 + epsilon_of(tensor.dtype) * share.to(tensor.device))
+            tensor.copy_(torch.where(tensor == tensor.round(), tensor.double(), off))
+    return model
