@@ -113,3 +113,10 @@ def test_median_and_spread() -> None:
     times = Times.of([1.0, 2.0, 3.0, 4.0, 100.0])
     assert times.median == 3.0
     assert times.spread > 1
+
+
+def test_what_this_tool_refuses_is_told_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    (_, row) = compare(model, (torch.randn(2, 3, 8, 8),), ["conditional"], repeats=1).rows
+    assert row.reason is not None
+    assert row.reason.startswith("ConditionalNorm2d needs a label")

@@ -71,6 +71,8 @@ def test_json_has_the_documented_keys(tmp_path: Path) -> None:
         "inspect": (a, *model, "-i", "1x3x5x5"),
         "convert": (a, "--to", "group", "--skip", "3", "--dry-run"),
         "fold": (a, *model, "--keep-batchnorm", "--dry-run"),
+        "recommend": (*model, "--batch-size", 2),
+        "compare": (*model, "-i", "1x3x5x5", "--to", "group", "--repeats", 1, "--no-backward"),
         "diff": (a, b),
         "verify": (a, b, *model, "-i", "1x3x5x5"),
     }

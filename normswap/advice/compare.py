@@ -195,7 +195,8 @@ def _made(
     try:
         variant.try_out()
     except Exception as error:
-        return Row(kind, len(plan.changes), len(plan.skips), parameters, reason=f"{type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, NormswapError) else f"{type(error).__name__}: {error}"
+        return Row(kind, len(plan.changes), len(plan.skips), parameters, reason=reason)
     return variant
 
 
