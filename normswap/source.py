@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from normswap import checkpoint, engine
+from normswap import checkpoint, engine, registry
 from normswap.checkpoints.keys import Fit, fit_names, names_in_file, renamed_for
 from normswap.checkpoints.reading import Checkpoint
 from normswap.checkpoints.safety import check_statistics
@@ -69,7 +69,7 @@ def load_source(
     if sound:
         check_statistics(read.tensors, read.tensors, str(path))
     source = Source(model, path, metadata=dict(read.metadata), read=read)
-    source.recipes = _own_recipes(read) if replay else []
+    source.recipes = own_recipes(read) if replay else []
     for recipe in source.recipes:
         source.model = engine.apply_recipe(source.model, fitted_recipe(recipe, source.model), inplace=True)
     if source.recipes:
@@ -91,6 +91,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, key: str | None = No
 
     Returns the model (another object only where its root is a norm that the recipe replaces), in the mode it was in.
     Loading is strict: every key must be there and fit. ``key`` names the state dict in a file that holds several.
+    Where the tensors do not fit after the surgery, none is loaded and the surgery stays: build the model afresh.
 
     Raises :class:`NormswapError` for a file that cannot be read without running code, and for a recipe or keys that do
     not fit the model.
@@ -120,10 +121,22 @@ def read_recipes(path: Path, metadata: dict[str, str]) -> list[Recipe]:
     return _recipes(text, where, "; mend it, or pass --no-recipe to leave it aside")
 
 
-def _own_recipes(read: Checkpoint) -> list[Recipe]:
+def own_recipes(read: Checkpoint) -> list[Recipe]:
     """Those that were made for the state dict that was read, where the file nests several."""
     sources = [(recipe, recipe.get("source")) for recipe in read_recipes(read.path, read.metadata)]
     return [r for r, source in sources if not isinstance(source, dict) or source.get("key", read.key) == read.key]
+
+
+def converted_norms(read: Checkpoint) -> dict[str, str]:
+    """By name, the kinds that the recipes of a checkpoint made of its norms, without those folded away."""
+    kinds: dict[str, str] = {}
+    for step in (step for recipe in own_recipes(read) for step in recipe.get("steps", ())):
+        kind = str(step.get("to"))
+        if "layers" in step or kind == "identity":
+            kinds.pop(str(step.get("name")), None)
+        elif registry.planner(kind) is None:
+            kinds[str(step.get("name"))] = kind
+    return kinds
 
 
 def recipes_in(path: Path) -> list[Recipe]:
@@ -227,7 +240,7 @@ def load_keys(
     """
     read = checkpoint.read(path, key=key, trust_pickle=trust_pickle)
     surgery = plan_keys(read, to, **options)
-    recipes = _own_recipes(read) if replay else []
+    recipes = own_recipes(read) if replay else []
     return Source(surgery.skeleton.model, path, recipes, dict(read.metadata), read=read, surgery=surgery)
 
 

@@ -215,3 +215,22 @@ def test_convert_reports_its_calibration(folder: Path, tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Explained variance of every norm" in text
     assert text.count("<svg ") == 1
+
+
+def test_norms_that_keys_do_not_tell_are_known_from_the_recipe(folder: Path, tmp_path: Path) -> None:
+    """EvoNorm's three vectors are no norm's keys, and a folded norm is no norm any more."""
+
+    def ran(*words: object) -> str:
+        done = CliRunner().invoke(app, [*map(str, words)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def reasons(*words: object) -> dict[str, str]:
+        return {site["name"]: site["reason"] for site in json.loads(ran("inspect", *words, "--json"))["sites"]}
+
+    converted, folded = tmp_path / "converted.pt", tmp_path / "folded.pt"
+    ran("convert", folder / "sound.pt", "--to", "evonorm_s0", "-o", converted)
+    ran("fold", folder / "sound.pt", "--model", f"{folder / 'net.py'}:net", "-o", folded)
+    assert reasons(converted)["1"] == "it was converted to evonorm_s0, says the checkpoint's recipe: pass --model"
+    assert "1" not in reasons(converted, "--no-recipe")
+    assert "1" not in reasons(folded)

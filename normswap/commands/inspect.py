@@ -29,6 +29,7 @@ from normswap.errors import NormswapError
 from normswap.health import Health, examine
 from normswap.health.files import examine_keys, examine_onnx, examine_program
 from normswap.reporting import check_report, write_report
+from normswap.source import converted_norms
 
 
 def inspect(
@@ -74,7 +75,8 @@ def inspect(
     elif model is None and checkpoint is not None:
         need_model(**given, **{"--partial": partial})
         with working(f"reading {checkpoint}"):
-            health = examine_keys(checkpoints.read(checkpoint, key=key, trust_pickle=trust_pickle))
+            read = checkpoints.read(checkpoint, key=key, trust_pickle=trust_pickle)
+            health = examine_keys(read, converted_norms(read) if replay else None)
     else:
         source = load(
             model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -30,9 +31,17 @@ def examine_program(path: Path) -> Health:
     return examine_sites(program_files.inspect(path))
 
 
-def examine_keys(checkpoint: Checkpoint) -> Health:
-    """The health of the norms that the keys and shapes of a checkpoint tell; what may be one is listed too."""
+def examine_keys(checkpoint: Checkpoint, converted: Mapping[str, str] | None = None) -> Health:
+    """The health of the norms that the keys and shapes of a checkpoint tell; what may be one is listed too.
+
+    ``converted`` are those that its recipes changed and the kinds they are now, which keys alone do not always tell."""
     skeleton = skeleton_of(checkpoint.tensors)
     sites = survey(references(skeleton.model))
-    sites += [Site(name, None, nn.Identity(), reason) for name, reason in skeleton.unknown.items()]
+    known = {name for site in sites for name in (site.name, *site.aliases)}
+    told = {
+        name: f"it was converted to {kind}, says the checkpoint's recipe: pass --model"
+        for name, kind in (converted or {}).items()
+        if name not in known
+    }
+    sites += [Site(name, None, nn.Identity(), reason) for name, reason in (skeleton.unknown | told).items()]
     return examine_sites(sites, options=False, notes=(*skeleton.notes, EPS))
