@@ -217,6 +217,8 @@ def test_a_model_without_norms() -> None:
     found = recommend(nn.Sequential(nn.Conv2d(3, 8, 3)), task="classification", batch_size=4)
     assert found.winner is not None
     assert found.winner.norms == 0
+    assert found.command() is None
+    assert "the model has no norm to convert" in str(found)
 
 
 MISUSE: list[tuple[dict[str, Any], str]] = [

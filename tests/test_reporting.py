@@ -26,8 +26,8 @@ from normswap.reporting.html import html
 from normswap.reporting.markdown import escape, table
 from normswap.reporting.plot import Depth, plot
 from normswap.verification import Layer, Location, Profile, Verification
-from normswap.verification.criterion import Row
 from normswap.verification.inputs import Variation
+from normswap.verification.measures import Row
 
 HOSTILE = """<script>alert("$x_1$")</script></style>'&|@me*_"""
 RUNS = ("eager", "onnxruntime, graph optimizations off", "onnxruntime")

@@ -70,12 +70,14 @@ class Recommendation:
         self, model: str = "WHERE:CALLABLE", checkpoint: str | None = "CHECKPOINT", options: Sequence[str] = ()
     ) -> str | None:
         """The command that converts to the winner, with more ``options``, such as ``["--input", "1x3x224x224"]``;
-        ``None`` where there is nothing to do."""
+        ``None`` where there is nothing to do, or no norm to do it to."""
         if self.winner is None or self.unchanged:
             return None
         kind = self.winner.kind
         if kind == SPECTRAL:
             return "torch.nn.utils.parametrizations.spectral_norm(layer)  # each linear layer of the discriminator"
+        if not self.winner.norms:
+            return None
         given = [] if checkpoint is None else [checkpoint]
         words = ["normswap", "convert", *given, "--model", model, *options, "--to", kind]
         keeps = self.situation.pretrained and kind not in ("batch", "sync", "frozen", "identity")
@@ -132,7 +134,8 @@ class Recommendation:
             return "no recommendation: " + ("no rule speaks of this" if not self.rules else "no kind is left")
         second = "" if self.runner_up is None else f"; then {self.runner_up.kind}"
         what = f"stay with {self.winner.kind}" if self.unchanged else f"recommended: {self.winner.kind}"
-        return what + second
+        none = self.winner.kind != SPECTRAL and not self.winner.norms
+        return what + second + ("; the model has no norm to convert: build it with one" if none else "")
 
 
 def recommend(
@@ -189,14 +192,14 @@ def _possible(
 ) -> tuple[int, str | None]:
     """How many norms can be of that kind, and if none why not."""
     already = seen.kinds.get(kind, 0)
-    if kind == SPECTRAL or not seen.kinds:
+    if kind == SPECTRAL:
         return already, None
     plan = plan_convert(model, kind, example_inputs=example_inputs)
     norms = already + len(plan.changes)
     if norms:
         return norms, None
-    skip = plan.skips[0]
-    return 0, f"{skip.name or '(root)'}: {skip.reason}"
+    skip = plan.skips[0] if plan.skips else None  # Without norms it is a kind to build the model with.
+    return 0, None if skip is None else f"{skip.name or '(root)'}: {skip.reason}"
 
 
 def _conflicts(rules: Sequence[Rule], found: Recommendation) -> tuple[str, ...]:

@@ -64,7 +64,9 @@ class Run:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """All modules in eval mode; flags, buffers and random state are restored, also on an error."""
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [
+        (each, each.detach().clone()) for each in model.buffers() if not each.is_meta and not each.is_inference()
+    ]
     try:
         for module, _ in flags:
             module.training = False

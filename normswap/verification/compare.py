@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError
 from normswap.graph.reach import is_compiled_wrapper
 from normswap.onnx.export import check_eval, check_inputs, export, isolated, one_line, training_modules
-from normswap.verification.criterion import Measured, Row, Tolerance, judge, measure, without_zeros
+from normswap.verification.criterion import Tolerance, judge, without_zeros
 from normswap.verification.diagnose import Diagnosis
 from normswap.verification.inputs import Arguments, Freedom, Variation, Variations, load_inputs
-from normswap.verification.outputs import Outputs, finite, named_like
+from normswap.verification.measures import Measured, Row, measure
+from normswap.verification.outputs import Outputs, finite, named_like, plain
 from normswap.verification.reference import Answers, Reference
 from normswap.verification.result import Verification
 from normswap.verification.runners import EagerRunner, OnnxRunner, Program, Runner, batch_is_open, freedom_of, opened
@@ -131,7 +132,8 @@ class _Comparison:
         rows = without_zeros(rows, self.notes)
         if not rows:
             self.notes.append("the reference returns no tensor, so nothing was compared")
-        given = [row for row in rows if row.inputs == kept[0].name]
+        own = {variation.name for variation in kept if variation.seed is None}
+        given = [row for row in rows if row.inputs in own]
         equivalent = bool(given) and all(row.verdict == "equivalent" for row in given)
         equivalent = equivalent and all(row.verdict != "different" for row in rows)
         tensors = [name for name, value in truth.given.own.items() if isinstance(value, Tensor)]
@@ -194,7 +196,11 @@ class _Comparison:
                 told = f"{variation.name}: left out, the reference does not take them ({one_line(error)})"
                 self.notes.append(told)
                 continue
-            if kept and not finite(answers.wide) and (truth.given is None or finite(truth.given.wide)):
+            if (
+                variation.seed is not None
+                and not finite(answers.wide)
+                and (truth.given is None or finite(truth.given.wide))
+            ):
                 self.notes.append(f"{variation.name}: left out, the reference is not finite on them")
                 continue
             kept.append(variation)
@@ -270,7 +276,7 @@ def _outputs(blank: Row, answers: Answers, got: Outputs, tolerance: Tolerance, n
             continue
         expected = own[name]
         if not isinstance(expected, Tensor) or not isinstance(value, Tensor):
-            if type(expected) is type(value) and not isinstance(value, _PLAIN):
+            if type(expected) is type(value) and not plain(value):
                 notes.append(f"{name} is a {type(value).__name__}, which is not compared")
             elif type(expected) is not type(value) or expected != value:
                 problem = f"{_short(value)} instead of {_short(expected)}"
@@ -285,9 +291,6 @@ def _outputs(blank: Row, answers: Answers, got: Outputs, tolerance: Tolerance, n
             wide, noise = answers.wide.get(name), answers.noise.get(name)
             others = [other.get(name) for other in answers.others]
             yield measure(row, expected, wide, noise, value, tolerance.of(name), answers.coarsest, others)
-
-
-_PLAIN = (type(None), bool, int, str, bytes)
 
 
 def _short(value: object) -> str:

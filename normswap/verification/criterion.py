@@ -21,8 +21,11 @@ channel    root of the mean square         the same, of that channel (axis 1)   
 - Luck can make a floor low or a value near zero. A floor or a scale below its median over all inputs is lifted to
   that median, that of a channel also to the median over the channels; the floor of an output with fewer than ``FEW``
   values is twice the largest one. Channels with fewer than ``FEW`` values are not judged one by one.
+- Masks are no scale: where magnitudes have a gap (:mod:`normswap.graph.magnitudes`), the values below it are measured
+  by themselves too, unless their own floor says that they are noise. The extremes of a dtype count as infinities.
 - One run is one sample of rounding. Where the candidate is above its floor, the reference runs three times more with
-  every weight and buffer off by up to one :math:`\epsilon`, and the floor is that of the run that is furthest off.
+  every weight and buffer off by up to one :math:`\epsilon`, and the floor is that of the run that is furthest off; not
+  where the reference makes no error, nor of integers, nor where a fresh copy of it does not give the same again.
 - A floor above :math:`\epsilon^{1/3}` (0.5 % of the scale in float32) can prove nothing: random or chaotic outputs are
   *inconclusive*, which is not equivalent. Here :math:`\epsilon` is that of the reference's coarsest parameters if that
   is larger: half precision is not random when its output is cast to float32.
@@ -41,14 +44,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from normswap.errors import NormswapError
+from normswap.verification.measures import CHANNEL_FACTOR, FEW, Measured, Row, epsilon_of
 
 FACTOR = 4.0
 """How many noise floors the largest error may reach.
@@ -57,16 +57,10 @@ Two correct programs stay below 2: see ``docs/verification.md`` for the models, 
 """
 MEAN_FACTOR = 6.0
 """The same for the root of the mean square; the most seen is 3.1, of a network that magnifies rounding."""
-CHANNEL_FACTOR = 16.0
-"""The same for that of one channel, the worst of many."""
-FEW = 64
-"""Below this many values the largest error of an output varies too much from one input to the next to be a measure."""
 ULPS = 4.0
 """Machine epsilons of the output's scale that are allowed beside, for outputs whose own floor is zero."""
 MEAN_ULPS = 1.0
 """The same for the root of the mean square."""
-
-Verdict = Literal["equivalent", "different", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -100,176 +94,6 @@ class Tolerance:
         return self.atol is not None or self.rtol is not None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One output of one run on one set of inputs."""
-
-    run: str
-    output: str
-    inputs: str
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    max_abs: float = 0.0
-    """Largest absolute error against the truth, over finite values."""
-    mean_abs: float = 0.0
-    """Mean absolute error, likewise."""
-    noise: float | None = None
-    """``max_abs`` of the reference in its own dtype; ``None`` where it does not run in float64."""
-    scale: float = 0.0
-    """The truth's largest absolute value, or the median of those over all inputs where that is larger."""
-    relative: float = 0.0
-    """``max_abs / scale``; for integer and boolean outputs the share of values that differ."""
-    floor: float | None = None
-    """The reference's own relative error; ``None`` where it does not run in float64."""
-    allowed: float | None = None
-    """What ``relative`` may be at most; ``None`` under tolerances of the user's."""
-    excess: float = 0.0
-    """The error in units of what is allowed, by the measure where that is most."""
-    measure: str = "largest"
-    """That measure: ``largest``, ``mean``, ``channel N``, ``share`` (of integers) or ``tolerance``."""
-    sqnr: float = math.inf
-    """Signal to noise ratio in dB; infinite for no error."""
-    agreement: float | None = None
-    """For an output of shape (N, classes): share of rows with the truth's arg-max."""
-    non_finite: int = 0
-    """Values that are not finite where the reference's are, or the other way round."""
-    verdict: Verdict = "different"
-    problem: str | None = None
-    """Why there is nothing to measure, or why the measure proves nothing."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A row and what :func:`judge` needs beside it, in units of the epsilon-free relative error."""
-
-    row: Row
-    mean: float = 0.0
-    mean_floor: float | None = None
-    mean_scale: float = 0.0
-    channel: int | None = None
-    """The channel whose error stands out most from its floor."""
-    channel_error: float = 0.0
-    """That error in units of its lifted floor."""
-    coarsest: float = 0.0
-    """Epsilon of the coarsest dtype that the reference computes in."""
-    outside: float | None = None
-    """Under tolerances: the largest error in units of what they allow."""
-
-
-def epsilon_of(dtype: torch.dtype | str) -> float:
-    """Machine epsilon; 0 for integers, booleans and what is no tensor."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(kind, torch.dtype) or not (kind.is_floating_point or kind.is_complex):
-        return 0.0
-    return torch.finfo(kind).eps
-
-
-def measure(
-    row: Row,
-    own: Tensor,
-    wide: Any,
-    noise: Any,
-    got: Tensor,
-    tolerance: tuple[float, float] | None = None,
-    coarsest: float = 0.0,
-    others: Sequence[Any] = (),
-) -> Measured:
-    """``row`` with the errors of ``got`` filled in; what depends on the other inputs is left to :func:`judge`.
-
-    ``own`` is the reference in its own dtype, ``wide`` in float64 and ``noise`` the run whose error is the floor, both
-    ``None`` where there is no float64 run; ``others`` are more runs like ``noise``; all of one shape.
-    """
-    known = isinstance(wide, Tensor) and isinstance(noise, Tensor) and wide.shape == noise.shape == own.shape
-    truth = wide if known else own
-    mismatched = truth.isfinite() & ~(got.isfinite() & own.isfinite()) & ~_alike(got, own)
-    mismatched |= ~truth.isfinite() & ~_alike(got, truth) & ~_alike(got, own)
-    epsilon = epsilon_of(own.dtype)
-    error, clean = _difference(got, truth)
-    found = Measured(row, mean=_mean(error), mean_scale=_mean(clean), coarsest=coarsest)
-    floor = share = None
-    if known:
-        own_error, _ = _difference(noise, truth)
-        alike = [other for other in others if isinstance(other, Tensor) and other.shape == truth.shape]
-        if alike:
-            own_error = max(own_error, *(_difference(other, truth)[0] for other in alike), key=_mean)
-        own_error *= epsilon / epsilon_of(noise.dtype) if epsilon else 1.0
-        if noise is not own:  # A float64 output need not have been computed in float64.
-            own_error = torch.maximum(own_error, _difference(own, truth)[0])
-        floor, share = _largest(own_error), _share(own_error)
-        found = replace(found, mean_floor=_mean(own_error))
-        if epsilon and own.dim() > 2 and own.numel() // max(1, own.shape[1]) >= FEW:
-            channel, channel_error = _worst_channel(error, own_error, epsilon * found.mean_scale)
-            found = replace(found, channel=channel, channel_error=channel_error)
-    power, power_of_error = found.mean_scale, found.mean
-    agreement = None
-    if own.dim() == 2 and own.shape[1] > 1 and own.numel() and own.is_floating_point():
-        agreement = float((got.argmax(1) == truth.argmax(1)).double().mean())
-    if tolerance is not None:
-        found = replace(found, outside=_outside(got, own, *tolerance))
-    row = replace(
-        row,
-        max_abs=_largest(error),
-        mean_abs=float(error.mean()) if error.numel() else 0.0,
-        scale=_largest(clean),
-        noise=floor,
-        floor=share,
-        relative=_share(error),
-        sqnr=_decibels(power, power_of_error),
-        agreement=agreement,
-        non_finite=int(mismatched.sum()),
-        problem=f"{int(mismatched.sum())} non-finite values differ" if mismatched.any() else None,
-    )
-    if own.numel() and row.problem is None and not own.isfinite().any():
-        row = replace(row, verdict="inconclusive", problem="no value of the reference is finite, which says nothing")
-    return replace(found, row=row)
-
-
-def _alike(a: Tensor, b: Tensor) -> Tensor:
-    return (a == b) | (a.isnan() & b.isnan())
-
-
-def _difference(got: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """The absolute error and the absolute truth in float64, both 0 where either is not finite."""
-    wide = torch.complex128 if truth.is_complex() else torch.float64
-    finite = got.isfinite() & truth.isfinite()
-    truth = torch.where(finite, truth.to(wide), 0)
-    return (torch.where(finite, got.to(wide), 0) - truth).abs(), truth.abs()
-
-
-def _largest(error: Tensor) -> float:
-    return float(error.max()) if error.numel() else 0.0
-
-
-def _share(error: Tensor) -> float:
-    return float((error > 0).double().mean()) if error.numel() else 0.0
-
-
-def _mean(error: Tensor) -> float:
-    """Root of the mean square, without overflow on the way."""
-    return float(torch.linalg.vector_norm(error)) / math.sqrt(error.numel()) if error.numel() else 0.0
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return math.inf if noise == 0 else 20 * math.log10(signal / noise) if signal else -math.inf
-
-
-def _worst_channel(error: Tensor, floor: Tensor, least: float) -> tuple[int, float]:
-    """The channel (axis 1) with the largest error in units of its floor, which is lifted to the median of all."""
-    axes = [axis for axis in range(error.dim()) if axis != 1]
-    floors = floor.square().mean(axes).sqrt()
-    floors = torch.maximum(floors, floors.median()) + least / CHANNEL_FACTOR
-    ratio = torch.where(floors > 0, error.square().mean(axes).sqrt() / floors, 0.0)
-    worst = int(ratio.argmax())
-    return worst, float(ratio[worst])
-
-
-def _outside(got: Tensor, own: Tensor, atol: float, rtol: float) -> float:
-    error, size = _difference(got, own)
-    allowed = atol + rtol * size
-    ratio = torch.where(error == 0, 0.0, error / allowed)
-    return _largest(ratio)
-
-
 def judge(found: Sequence[Measured]) -> list[Row]:
     """Complete what needs the same output on all inputs: scale, relative error, floor, what is allowed, verdict."""
     groups: dict[tuple[str, str], list[Measured]] = defaultdict(list)
@@ -291,24 +115,43 @@ def _judged(found: Measured, group: Sequence[Measured]) -> Row:
     if row.floor is None:
         allowed = epsilon ** (2 / 3)
     else:
-        floors = [_relative(other.row, group).floor if epsilon else other.row.floor for other in group]
+        usual = [other for other in group if other is found or not other.raised]
+        floors = [_relative(other.row, group).floor if epsilon else other.row.floor for other in usual]
         allowed = FACTOR * _lifted(row.floor, floors, row) + ULPS * epsilon
     excess, measure = _times(row.relative, allowed), "largest" if epsilon else "share"
     if row.floor is not None and epsilon:
-        for other, name in _other_measures(found, group, epsilon):
+        for other, name in (*_other_measures(found, group, epsilon), *_inner_measures(found, group)):
             if other > excess and (excess <= 1 or other > 1):
                 excess, measure = other, name
+    if not all(map(math.isfinite, (row.scale, row.relative, allowed))):
+        return replace(row, verdict="inconclusive", problem="the outputs are too large to be compared")
     row = replace(row, allowed=allowed, excess=excess, measure=measure)
     row = replace(row, verdict="equivalent" if excess <= 1 else "different")
-    if row.floor is not None and row.floor > (max(epsilon, found.coarsest) ** (1 / 3) if epsilon else 0.1):
+    if _chaotic(row, found.coarsest):
         problem = f"the reference's own error is {row.floor:.2g} of the output's scale: it is random or chaotic"
         return replace(row, verdict="inconclusive", problem=problem)
     return row
 
 
+def _chaotic(row: Row, coarsest: float) -> bool:
+    epsilon = epsilon_of(row.dtype)
+    return row.floor is not None and row.floor > (max(epsilon, coarsest) ** (1 / 3) if epsilon else 0.1)
+
+
+def _inner_measures(found: Measured, group: Sequence[Measured]) -> list[tuple[float, str]]:
+    """Those of the values below each gap, where these are not noise."""
+    measures = []
+    for index, each in enumerate(found.inner):
+        row = _judged(each, [other.inner[index] for other in group if len(other.inner) > index])
+        if row.verdict != "inconclusive":
+            measures.append((row.excess, f"{row.measure} of the values below {row.scale:.1e}"))
+    return measures
+
+
 def _other_measures(found: Measured, group: Sequence[Measured], epsilon: float) -> list[tuple[float, str]]:
-    scale = max(found.mean_scale, statistics.median(each.mean_scale for each in group)) or 1.0
-    floors = [each.mean_floor / scale if each.mean_floor is not None else None for each in group]
+    scale = max(found.mean_scale, _middle(each.mean_scale for each in group)) or 1.0
+    usual = (each for each in group if each is found or not each.raised)
+    floors = [each.mean_floor / scale if each.mean_floor is not None else None for each in usual]
     assert found.mean_floor is not None
     allowed = MEAN_FACTOR * _lifted(found.mean_floor / scale, floors, found.row) + MEAN_ULPS * epsilon
     measures = [(_times(found.mean / scale, allowed), "mean")]
@@ -323,12 +166,17 @@ def _lifted(floor: float, floors: Sequence[float | None], row: Row) -> float:
     return max(floor, 2 * max(known) if math.prod(row.shape) < FEW else statistics.median(known))
 
 
+def _middle(values: Iterable[float]) -> float:
+    """The median, without overflow."""
+    return statistics.median(value / 2 for value in values) * 2
+
+
 def _times(error: float, allowed: float) -> float:
     return error / allowed if allowed else math.inf if error else 0.0
 
 
 def _relative(row: Row, group: Sequence[Measured]) -> Row:
-    scale = max(row.scale, statistics.median(other.row.scale for other in group))
+    scale = max(row.scale, _middle(other.row.scale for other in group))
     floor = None if row.noise is None else row.noise / (scale or 1.0)
     return replace(row, scale=scale, relative=row.max_abs / (scale or 1.0), floor=floor)
 

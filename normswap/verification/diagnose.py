@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from normswap.onnx.export import one_line
-from normswap.verification.criterion import Row
 from normswap.verification.graph import Graph, module_of
 from normswap.verification.inputs import Arguments
 from normswap.verification.locate import Search, Values, limit_of
+from normswap.verification.measures import Row
 from normswap.verification.reference import Reference
 from normswap.verification.result import Cause, Layer, Location, Profile
 from normswap.verification.runners import EagerRunner, OnnxRunner, Runner

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from normswap.verification.criterion import Row, judge, measure
+from normswap.verification.criterion import judge
 from normswap.verification.inputs import Arguments
+from normswap.verification.measures import Row, measure
 from normswap.verification.outputs import flatten
 from normswap.verification.precision import Precision, fixed_random, precision
 from normswap.verification.reference import Reference

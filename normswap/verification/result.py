@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from normswap.verification.criterion import Row
 from normswap.verification.inputs import Variation
+from normswap.verification.measures import Row
 
 Cause = Literal["model", "exporter", "runtime", "runtime optimizations"]
 
