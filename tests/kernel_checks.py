@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from normswap.norms import kernels, passes
+from normswap.norms.evonorm import EvoNormB02d, EvoNormS02d
+from normswap.norms.frn import FilterResponseNorm2d
 from normswap.norms.moments import normalize, plain
+from normswap.norms.multiscale import MultiscaleNorm2d
 from normswap.norms.passes import EmptyPasses, KernelPasses, Passes
 from normswap.norms.switchable import SwitchableNorm2d
 from tests.support import distance, randomise, sample
@@ -114,6 +117,24 @@ def test_a_layer_in_half_precision() -> None:
     wanted.pow(3).sum().backward()
     assert distance(out, wanted) < 1e-2
     assert distance(x.grad, given.grad) < 2e-2
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("kind", [EvoNormB02d, EvoNormS02d, FilterResponseNorm2d, MultiscaleNorm2d])
+def test_layers_with_passes_of_their_own(kind: Any, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do beside the kernels' passes, and in their place."""
+    layer = randomise(kind(4).double()).to(DEVICE)
+    x = arrange(sample(2, 4, 4, 6).to(DEVICE), layout).requires_grad_()
+    assert type(passes.passes(x)) is KernelPasses
+    results = []
+    for plainly in (False, True):
+        if plainly:
+            monkeypatch.setattr("normswap.norms.moments._plainly", lambda *_: True)
+            monkeypatch.setattr("normswap.norms.pointwise._plainly", lambda *_: True)
+        out = layer(x)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (x, *layer.parameters()))))
+    for ours, wanted in zip(*results, strict=True):
+        assert distance(ours, wanted) < 1e-10
 
 
 def plain_call(layer: torch.nn.Module, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from normswap import NormswapError, convert, plan_convert, plan_fold, read
 from normswap.norms import passes
-from normswap.norms.evonorm import EvoNormB02d, EvoNormS02d
+from normswap.norms.evonorm import BatchPointwise, EvoNormB02d, EvoNormS02d, SamplePointwise
+from normswap.norms.frn import FilterResponseNorm2d
 from normswap.norms.moments import Moments
-from normswap.norms.pointwise import Factors, plain, transform
+from normswap.norms.pointwise import Factors, Pointwise, plain, transform
 from tests.support import distance, randomise, sample
 from tests.test_layers import EPS, affine, channel
 from tests.test_moments import LAYOUTS, SHAPES, arrange, saved_bytes
@@ -114,8 +115,81 @@ def small(moments: Moments, weight: Tensor) -> Factors:
     return Factors((layer[0] + moments.mean, moments.var + weight), moments.over_batch())
 
 
-def bent(x: Tensor, level: Tensor, spread: Tensor) -> Tensor:
-    return torch.tanh(x - level) * spread
+class Bent(Pointwise):
+    """``tanh(x - level) spread``."""
+
+    def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
+        level, spread = factors
+        return torch.tanh(x - level) * spread
+
+    def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+        out.copy_(self(x, *factors))
+
+    def backward(
+        self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        level, spread = factors
+        torch.sub(x, level, out=room[0]).tanh_()
+        by_spread = (grad * room[0]).sum(1, keepdim=True)
+        torch.mul(grad, spread, out=out).mul_(1 - room[0].square())
+        return -out.sum(1, keepdim=True), by_spread
+
+
+bent = Bent()
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("function", [BatchPointwise(), SamplePointwise(), bent], ids=lambda f: type(f).__name__)
+def test_derivatives_by_hand(function: Pointwise, inner: int) -> None:
+    """As autograd's; with slopes of 0 among them, and both sides of the maximum."""
+    x, grad = sample(4, 5, inner).requires_grad_(), sample(4, 5, inner, seed=2)
+    count = {BatchPointwise: 4, SamplePointwise: 3, Bent: 2}[type(function)]
+    factors = tuple(sample(4, 1, inner, seed=3 + index).requires_grad_() for index in range(count))
+    factors[0].data[0] = 0
+    wanted = function(x, *factors)
+    if type(function) is BatchPointwise:
+        assert 0.1 < float((factors[0] * x + factors[1] > 1).double().mean()) < 0.9
+    held = tuple(each.detach() for each in factors)
+    out, direct, *room = torch.empty(2 + function.buffers, *x.shape).double().fill_(float("nan"))
+    function.forward(x.detach(), held, out)
+    assert distance(out, wanted) < 1e-12
+    found = function.backward(x.detach(), grad, held, direct, tuple(room))
+    by_x, *others = torch.autograd.grad((wanted * grad).sum(), (x, *factors))
+    assert distance(direct if function.times is None else direct * held[function.times], by_x) < 1e-12
+    assert all(distance(*pair) < 1e-12 for pair in zip(found, others, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("kind", [EvoNormB02d, EvoNormS02d, FilterResponseNorm2d], ids=lambda k: k.__name__)
+class TestWholeLayers:
+    def test_gradcheck_twice(self, kind: type[nn.Module], layout: str) -> None:
+        module = randomise(kind(3).double())
+        x = arrange(sample(2, 3, 2, 2), layout).clone(memory_format=torch.preserve_format).requires_grad_()
+        call = lambda x, *_: module(x)  # noqa: E731
+        assert gradcheck(call, (x, *module.parameters()))
+        assert gradgradcheck(call, (x, *module.parameters()))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_low_precision_and_what_is_kept(self, kind: type[nn.Module], layout: str, dtype: torch.dtype) -> None:
+        module = randomise(kind(8))
+        exact = copy.deepcopy(module).double()
+        x = arrange(sample(4, 8, 30, 30), layout).to(dtype).requires_grad_()
+        given = x.detach().double().requires_grad_()
+        out, wanted = module(x), exact(given)
+        assert out.dtype == dtype
+        assert out.stride() == x.stride()
+        bound = max(4 * torch.finfo(dtype).eps, 1e-5)
+        assert distance(out, wanted) < bound
+        gradients = [torch.autograd.grad(each.double().sin().sum(), at) for each, at in ((out, x), (wanted, given))]
+        assert distance(gradients[0][0], gradients[1][0]) < 4 * bound
+        assert saved_bytes(module, x) < 1.1 * x.nbytes
+
+    def test_only_parameters_are_asked_for(self, kind: type[nn.Module], layout: str) -> None:
+        module, x = randomise(kind(3).double()), arrange(sample(2, 3, 4, 4), layout)
+        ours = torch.autograd.grad(module(x).sin().sum(), tuple(module.parameters()))
+        x.requires_grad_()
+        theirs = torch.autograd.grad(module(x).sin().sum(), tuple(module.parameters()))
+        assert all(distance(*pair) < 1e-12 for pair in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

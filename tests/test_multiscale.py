@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
 
 from normswap import NormswapError, apply_recipe, plan_convert
+from normswap.norms import cells, moments, passes
 from normswap.norms.multiscale import MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d
 from tests.support import distance, randomise, sample
 from tests.test_layers import EPS, affine, whitened
+from tests.test_moments import arrange, saved_bytes
 
 
 def formula(x: Tensor, module: Any) -> Tensor:
@@ -41,6 +44,73 @@ def test_formula(size: tuple[int, int], scales: tuple[int, ...]) -> None:
     for training in (True, False):
         assert distance(module.train(training)(x), formula(x, module)) < 1e-10
     assert set(module.state_dict()) == {"weight", "bias", "mean_gate", "var_gate"}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last", "transposed"])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 8), (2, 4, 7), (2, 3, 8, 4), (2, 3, 5, 7), (1, 2, 4, 3, 4), (1, 2, 3, 5, 2)], ids=str
+)
+@pytest.mark.parametrize("limit", [9, 1 << 16])
+def test_gradients_of_even_and_uneven_cells(
+    shape: tuple[int, ...], layout: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand those of the plain operations; the second time with means that are shifted away."""
+    monkeypatch.setattr(passes, "BLOCK", limit)
+    monkeypatch.setattr(cells, "LARGER", 1)
+    module = randomise(MultiscaleNorm(shape[1], scales=(1, 2, 4)).double())
+    for mean in (0.0, 100.0):
+        x = arrange(sample(*shape) + mean, layout).detach().requires_grad_()
+        out = module(x)
+        assert out.stride() == (x.stride() if layout != "transposed" else x.contiguous().stride())
+        with monkeypatch.context() as patch:
+            patch.setattr(moments, "_plainly", lambda *_: True)
+            wanted = module(x)
+        assert distance(out, wanted) < 1e-10
+        inputs = (x, *module.parameters())
+        ours, theirs = (torch.autograd.grad(each.pow(3).sum(), inputs) for each in (out, wanted))
+        assert all(
+            float((a - b).abs().max()) < 1e-9 * max(1.0, float(b.abs().max()))
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+
+@pytest.mark.parametrize("size", [(4, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+def test_gradcheck_twice(size: tuple[int, int], layout: str) -> None:
+    module = randomise(MultiscaleNorm2d(2, scales=(1, 2)).double())
+    x = arrange(sample(2, 2, *size), layout).clone(memory_format=torch.preserve_format).requires_grad_()
+    call = lambda x, *_: module(x)  # noqa: E731
+    assert gradcheck(call, (x, *module.parameters()))
+    assert gradgradcheck(call, (x, *module.parameters()))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("size", [(40, 40), (41, 39)], ids=str)
+def test_cells_with_means_of_their_own(size: tuple[int, int], layout: str) -> None:
+    """A ramp of large steps: every cell has another mean, far larger than its spread."""
+    step = torch.arange(size[0]).mul(4).div(size[0], rounding_mode="floor")[:, None] * 1e3
+    x = arrange(sample(2, 3, *size) * 1e-1 + step, layout).float().requires_grad_()
+    module = MultiscaleNorm2d(3, scales=(4,), eps=1e-9)
+    given = x.detach().double().requires_grad_()
+    exact = MultiscaleNorm2d(3, scales=(4,), eps=1e-9).double()
+    assert distance(module(x), exact(given)) < 1e-4
+    ours, theirs = (torch.autograd.grad(m(at).sin().sum(), at)[0] for m, at in ((module, x), (exact, given)))
+    assert distance(ours, theirs) < 1e-3
+
+
+def test_what_is_kept_and_sixteen_bits() -> None:
+    module = randomise(MultiscaleNorm2d(8))
+    x = torch.randn(4, 8, 60, 64, requires_grad=True)
+    assert saved_bytes(module, x) < 1.1 * x.nbytes
+    for layout in ("contiguous", "last"):
+        half = arrange(x.detach(), layout).bfloat16().requires_grad_()
+        out = module(half)
+        assert out.dtype == torch.bfloat16
+        assert distance(out, module(half.detach().float())) < 0.02
+        exact = half.detach().float().requires_grad_()
+        pairs = ((out.float(), half), (module(exact), exact))
+        ours, theirs = (torch.autograd.grad(each.sin().sum(), at)[0] for each, at in pairs)
+        assert distance(ours, theirs) < 0.05
 
 
 def test_scale_one_is_instance_normalization_in_any_rank() -> None:

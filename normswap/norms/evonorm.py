@@ -27,7 +27,8 @@ from normswap.norms.adopt import like
 from normswap.norms.group import group_count
 from normswap.norms.moments import Moments
 from normswap.norms.momentum import Momentum
-from normswap.norms.pointwise import Factors, transform
+from normswap.norms.passes import scaled
+from normswap.norms.pointwise import Factors, Pointwise, transform
 from normswap.norms.tracked import TrackedNorm, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, MAP, Form, Norm
@@ -49,19 +50,52 @@ def batch_factors(
     *,
     eps: float,
 ) -> Factors:
-    """Deviations of batch and instance, the slope, weight and bias."""
+    """Slope, deviation of the instance and weight, each over that of the batch, and the bias."""
     seen: tuple[Tensor, ...] = ()
     if running_var is None:
         seen = moments.over_batch()
         var = seen[1]
     else:
         var = running_var.to(moments.var.dtype)
-    deviations = torch.sqrt(var + eps), torch.sqrt(moments.var + eps)
-    return Factors((*deviations, slope.to(var.dtype), *_affine(moments, weight, bias)), seen)
+    unit, own = torch.rsqrt(var + eps), torch.sqrt(moments.var + eps)
+    scale, shift = _affine(moments, weight, bias)
+    return Factors((slope.to(var.dtype) * unit, own * unit, scale * unit, shift), seen)
 
 
-def batch_pointwise(x: Tensor, batch: Tensor, own: Tensor, slope: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x / torch.maximum(slope * x + own, batch) * weight + bias
+class BatchPointwise(Pointwise):
+    r""":math:`y = n a + b` with :math:`n = x / d`, :math:`d = \max(u, 1)`, :math:`u = s x + o`: all but :math:`b`
+    in units of :math:`\sigma_B`.
+
+    By hand, with :math:`e = g n / d` where :math:`u > 1`, else 0: the gradient by :math:`a` is :math:`g n`, by
+    :math:`o` it is :math:`-a e`, by :math:`s` it is :math:`-a e x`, and by :math:`x` it is :math:`a (g / d - s e)`."""
+
+    buffers = 3
+    times = 2
+
+    def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
+        slope, own, scale, shift = factors
+        return x / (slope * x + own).clamp(min=1) * scale + shift
+
+    def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+        slope, own, scale, shift = factors
+        scaled(x, slope, own, out).clamp_(min=1)
+        scaled(torch.div(x, out, out=out), scale, shift, out)
+
+    def backward(
+        self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        slope, own, scale, _ = factors
+        above, inverse, product = room
+        scaled(x, slope, own, above)
+        torch.clamp_min(above, 1, out=inverse).reciprocal_()
+        torch.mul(grad, inverse, out=out)
+        torch.mul(out, x, out=product)
+        by_scale = product.sum(1, keepdim=True)
+        torch.ops.aten.threshold_backward.grad_input(product.mul_(inverse), above, 1, grad_input=product)
+        by_own = product.sum(1, keepdim=True)
+        out.addcmul_(product, slope, value=-1)
+        by_slope = product.mul_(x).sum(1, keepdim=True)
+        return -by_slope * scale, -by_own * scale, by_scale, grad.sum(1, keepdim=True)
 
 
 def sample_factors(
@@ -74,8 +108,36 @@ def sample_factors(
     return Factors((slope.to(var.dtype), inverse * scale, shift))
 
 
-def sample_pointwise(x: Tensor, slope: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * torch.sigmoid(slope * x) * scale + shift
+class SamplePointwise(Pointwise):
+    r""":math:`y = x s a + b` with :math:`s = \operatorname{sigmoid}(v_1 x)`.
+
+    By hand, with :math:`p = g x s` and :math:`q = p\,(1 - s)`: the gradient by :math:`a` is :math:`p`, by :math:`v_1`
+    it is :math:`a q x`, and by :math:`x` it is :math:`a (g s + v_1 q)`."""
+
+    buffers = 2
+    times = 1
+
+    def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
+        slope, scale, shift = factors
+        return x * torch.sigmoid(slope * x) * scale + shift
+
+    def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+        slope, scale, shift = factors
+        scaled(torch.mul(x, slope, out=out).sigmoid_().mul_(x), scale, shift, out)
+
+    def backward(
+        self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        slope, scale, _ = factors
+        share, product = room
+        torch.mul(x, slope, out=share).sigmoid_()
+        torch.mul(grad, share, out=out)
+        torch.mul(out, x, out=product)
+        by_scale = product.sum(1, keepdim=True)
+        product.addcmul_(product, share, value=-1)
+        out.addcmul_(product, slope)
+        by_slope = product.mul_(x).sum(1, keepdim=True)
+        return by_slope * scale, by_scale, grad.sum(1, keepdim=True)
 
 
 class _EvoNorm(TrackedNorm):
@@ -93,7 +155,7 @@ class EvoNormB0(_EvoNorm):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         function = partial(batch_factors, eps=self.eps)
-        out, seen = transform(x, function, batch_pointwise, self.slope, self.weight, self.bias, self.running[1])
+        out, seen = transform(x, function, BatchPointwise(), self.slope, self.weight, self.bias, self.running[1])
         if seen:
             self.track(*seen)
         return out
@@ -144,7 +206,7 @@ class EvoNormS0(_EvoNorm):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         function = partial(sample_factors, eps=self.eps, groups=self.groups)
-        return transform(x, function, sample_pointwise, self.slope, self.weight, self.bias)[0]
+        return transform(x, function, SamplePointwise(), self.slope, self.weight, self.bias)[0]
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, groups={self.groups}, eps={self.eps}, affine={self.affine}"

@@ -5,7 +5,7 @@ with a learned threshold :math:`\tau` for each channel,
 
 .. math::  z = \frac{x}{\sqrt{\overline{x^2} + \varepsilon}} \; w + b, \quad y = \max(z, \tau) .
 
-Computed as :math:`\max(z - \tau, 0) + \tau`, with the subtraction inside the shift. The unit takes the place of a
+Where :math:`z = \tau` the gradient is that of :math:`\tau`. The unit takes the place of a
 ReLU, which it is at first. A conversion replaces norms and leaves the ReLU that stands behind one; with
 ``threshold=True`` both act, and outputs stay at least 0 until the ReLU is taken out."""
 
@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from normswap.norms.adopt import adopt_affine, channels_first, dimensions, has_space, like
 from normswap.norms.moments import Coefficients, Moments, normalize
@@ -27,18 +26,14 @@ from normswap.spec import SPACE, Norm
 EPS = 1e-6
 
 
-def responses(
-    moments: Moments, weight: Tensor | None, bias: Tensor | None, threshold: Tensor | None, *, eps: float
-) -> Coefficients:
-    """Scale and shift to ``z`` less the threshold; a sum of squares loses nothing."""
+def responses(moments: Moments, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Coefficients:
+    """Scale and shift to ``z``; a sum of squares loses nothing."""
     scale = torch.rsqrt(moments.var + moments.mean.square() + eps)
     if weight is not None:
         scale = scale * weight.to(scale.dtype)
     shift = torch.zeros_like(scale)
     if bias is not None:
         shift = shift + bias.to(scale.dtype)
-    if threshold is not None:
-        shift = shift - threshold.to(scale.dtype)
     return Coefficients(scale, shift)
 
 
@@ -82,10 +77,8 @@ class FilterResponseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.num_features, self.dims, least=3)
-        out, _ = normalize(x, partial(responses, eps=self.eps), self.weight, self.bias, self.threshold)
-        if self.threshold is None:
-            return out
-        return F.relu(out, inplace=True) + self.threshold.to(out.dtype).reshape(-1, *[1] * (x.dim() - 2))
+        function = partial(responses, eps=self.eps)
+        return normalize(x, function, self.weight, self.bias, floor=self.threshold)[0]
 
     def extra_repr(self) -> str:
         absent = [name for name in ("weight", "bias", "threshold") if getattr(self, name) is None]

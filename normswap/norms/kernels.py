@@ -209,10 +209,17 @@ def affine(layout: Layout, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
 
 
 def combine(
-    layout: Layout, x: Tensor, grad: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, level: Tensor
+    layout: Layout,
+    x: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    level: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``scale grad + slope x + level``, in the dtype of ``grad``."""
-    out = torch.empty_like(grad)
+    """``scale grad + slope x + level``, in the dtype of ``grad``; ``out`` may be ``grad``."""
+    out = torch.empty_like(grad) if out is None else out
     scale, slope, level = scale.contiguous(), slope.contiguous(), level.contiguous()
     _launch(_combine, layout, x, grad, mean, slope, scale, level, out, GRADIENT=True)
     return out

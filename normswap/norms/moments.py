@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,32 +96,69 @@ Function = Callable[..., Coefficients]
 """``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
 
 
+class Parts(Protocol):
+    """Other parts of a tensor than its samples and channels, with moments of their own."""
+
+    def passes(self, x: Tensor) -> Passes:
+        """Passes whose moments and factors are those of the parts."""
+
+    def plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:func:`plain` with these moments and factors."""
+
+
 def normalize(
-    x: Tensor, function: Function, *tensors: Tensor | None, across: Across | None = None
+    x: Tensor,
+    function: Function,
+    *tensors: Tensor | None,
+    across: Across | None = None,
+    parts: Parts | None = None,
+    floor: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``(y, seen)`` with ``y = a x + b`` in the shape, dtype and memory format of ``x``.
 
     ``x`` has shape ``(N, C, *S)``, any floating dtype; ``(a, b, seen) = function(moments, *tensors)``. Gradients flow
     to ``x`` and to ``tensors``, not to ``seen``. An empty ``x`` has no moments: ``seen`` is empty too. With ``across``
-    the moments of the batch are those of all its processes, of which one whose ``x`` is empty takes part."""
+    the moments of the batch are those of all its processes, of which one whose ``x`` is empty takes part. With
+    ``parts`` moments, scale and shift are those of the parts instead. With ``floor``, ``(C,)``, it is
+    ``max(a x + b, floor)``, whose gradient where they are equal is that of ``floor``."""
     if across is not None:
-        out, seen = _normalize(x, partial(_pooled, function, across), *tensors)
+        out, seen = _normalize(x, partial(_pooled, function, across), parts, floor, *tensors)
         return out, seen if x.numel() or across.found() else ()
-    return (_empty(x, tensors), ()) if x.numel() == 0 else _normalize(x, function, *tensors)
+    if x.numel() == 0:
+        return _empty(x, (*tensors, floor)), ()
+    return _normalize(x, function, parts, floor, *tensors)
 
 
 def _pooled(function: Function, across: Across, moments: Moments, *tensors: Tensor | None) -> Coefficients:
     return function(Moments(moments.mean, moments.var, moments.count, across), *tensors)
 
 
-def _normalize(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _normalize(
+    x: Tensor, function: Function, parts: Parts | None, floor: Tensor | None, *tensors: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """:func:`normalize` with the function as it is."""
-    if _plainly(x, tensors):
-        return plain(x, function, *tensors)
+    if _plainly(x, (floor, *tensors)):
+        return _plain(x, function, parts, floor, *tensors)
     if not torch.is_grad_enabled():
-        return _run(x, function, tensors, graph=False)[:2]
-    out, *seen = _Normalize.apply(x, function, *tensors)  # type: ignore[no-untyped-call]
+        return _run(x, function, parts, floor, tensors, graph=False)[:2]
+    out, *seen = _Normalize.apply(x, function, parts, floor, *tensors)  # type: ignore[no-untyped-call]
     return out, tuple(seen)
+
+
+def _plain(
+    x: Tensor, function: Function, parts: Parts | None, floor: Tensor | None, *tensors: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """:func:`plain`, of parts and with a floor where they are given."""
+    out, seen = (plain if parts is None else parts.plain)(x, function, *tensors)
+    if floor is None:
+        return out, seen
+    floor = _each(floor, out)
+    return torch.relu(out - floor) + floor, seen
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """``(C,)`` to go with ``x``, in its dtype."""
+    return values.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
 
 
 def _empty(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
@@ -179,9 +216,14 @@ class _Small:
 
 
 def _run(
-    x: Tensor, function: Function, tensors: tuple[Tensor | None, ...], graph: bool
+    x: Tensor,
+    function: Function,
+    parts: Parts | None,
+    floor: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    graph: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], _Small]:
-    over = passes(x)
+    over = passes(x) if parts is None else parts.passes(x)
     dense = over.dense(x)
     mean, var = (moment.requires_grad_(graph and x.requires_grad) for moment in over.measure(dense))
     leaves = [t if t is None else t.detach().requires_grad_(graph and t.requires_grad) for t in tensors]
@@ -189,6 +231,8 @@ def _run(
         scale, shift, seen = function(Moments(mean, var, over.count), *leaves)
         scale, shift = scale.expand_as(mean), shift.expand_as(mean)
     out = over.affine(dense, scale.detach(), shift.detach())
+    if floor is not None:
+        torch.maximum(out, _each(floor.detach(), out), out=out)
     return out, tuple(each.detach().clone() for each in seen), _Small(over, mean, var, leaves, scale, shift)
 
 
@@ -196,30 +240,39 @@ class _Normalize(torch.autograd.Function):
     """:func:`normalize`, by hand: see the module's text."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        out, seen, small = _run(x.detach().requires_grad_(x.requires_grad), function, tensors, graph=True)
+    def forward(
+        ctx: Any, x: Tensor, function: Function, parts: Parts | None, floor: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_(x.requires_grad)
+        out, seen, small = _run(leaf, function, parts, floor, tensors, graph=True)
         ctx.mark_non_differentiable(*seen)
-        ctx.save_for_backward(x, *tensors)
-        ctx.function, ctx.small = function, small
+        ctx.save_for_backward(x, floor, *tensors)
+        ctx.how, ctx.small = (function, parts), small
         return (out, *seen)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
+        x, floor, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return again(ctx, plain(x, ctx.function, *tensors)[0], x, tensors, gradients[0])
+            return again(ctx, _plain(x, *ctx.how, floor, *tensors)[0], x, (floor, *tensors), gradients[0])
         small: _Small = ctx.small
         over, mean, var = small.over, small.mean, small.var
+        scale, shift = small.scale.detach(), small.shift.detach()
         dense, grad = over.dense(x), over.dense(gradients[0])
+        own = whole = None
+        if floor is not None:
+            own = over.affine(dense, scale, shift - floor.to(shift.dtype))
+            whole = grad.sum((0, *range(2, x.dim())), dtype=over.wide)
+            grad = torch.ops.aten.threshold_backward.grad_input(grad, own, 0, grad_input=own)
         total, product = over.sums(dense, grad)
+        by_floor = None if whole is None else (whole - total.sum(0)).to(floor.dtype)
         outputs = [(out, g) for out, g in ((small.scale, product), (small.shift, total)) if out.requires_grad]
         found = small_gradients(outputs, (mean, var, *small.leaves))
         dx = None
         if ctx.needs_input_grad[0]:
-            slope = found.get(id(var), torch.zeros_like(var)) * (2 / max(over.count, 1))
-            level = found.get(id(mean), torch.zeros_like(mean)) / max(over.count, 1) - slope * mean.detach()
-            dx = over.combine(dense, grad, small.scale.detach(), slope, level)
-        return dx, None, *(None if t is None else found.get(id(t)) for t in small.leaves)
+            slope, level = over.passed_on(mean, found.get(id(mean)), found.get(id(var)))
+            dx = over.combine(dense, grad, scale, slope, level, own)
+        return dx, None, None, by_floor, *(None if t is None else found.get(id(t)) for t in small.leaves)
 
 
 def small_gradients(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None]) -> dict[int, Tensor]:

@@ -10,12 +10,13 @@ switchable normalization (Luo et al., arXiv 1806.10779), with softmax weights :m
 
 Scale 1 alone is instance normalization. There are no statistics of batches. No paper has this very layer; it joins
 these two. Each scale divides the next, so that a cell is made of whole cells of the next scale, and only the finest
-are measured on the map. Computed in plain operations on the map less the mean of each sample and channel."""
+are measured on the map."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import has_space, is_instance, like
+from normswap.norms.cells import Cells, members, positions
+from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.passes import wide
 from normswap.norms.tracked import TrackedNorm, assemble, check_input, fields
 from normswap.registry import builds, reads
 from normswap.spec import GATE_TOLERANCE, SPACE, Form, Norm
@@ -48,34 +50,44 @@ def check_scales(scales: Sequence[int] | str) -> tuple[int, ...]:
     return found
 
 
-def members(length: int, parts: int, like: Tensor) -> Tensor:
-    """Which part each position of an axis is in, ``(length, parts)`` of zeros and ones."""
-    part = torch.arange(length, device=like.device) * parts // length
-    return (part.unsqueeze(1) == torch.arange(parts, device=like.device)).to(like.dtype)
-
-
-def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """``x`` of shape ``(N, C, *S)`` times a matrix on each spatial axis."""
-    for axis, matrix in enumerate(matrices, 2):
-        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
-    return x
-
-
-def mixed(mean: Tensor, var: Tensor, count: Tensor, scales: Sequence[int], gates: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(
+    mean: Tensor, var: Tensor, space: Sequence[int], scales: Sequence[int], gates: Tensor
+) -> tuple[Tensor, Tensor]:
     """Mean and variance for each of the finest cells, mixed over all scales; ``gates``, ``(2, K)``, are logits.
 
-    ``mean``, ``var``: of the finest cells, ``(N, C, *cells)``; ``count``: their positions, ``(1, 1, *cells)``."""
+    ``mean``, ``var``: of the finest cells of a map of shape ``space``, ``(N, C, cells)``."""
     shares = gates.softmax(1)
+    count = positions(space, scales[-1], mean).reshape(-1, 1)
     total, spread = mean * shares[0, -1], var * shares[1, -1]
     for index, scale in enumerate(scales[:-1]):
-        inside = [members(scales[-1], scale, mean)] * (mean.dim() - 2)
-        outside = [matrix.t() for matrix in inside]
-        positions = along(count, inside).clamp(min=1)
-        centre = along(along(mean * count, inside) / positions, outside)
-        around = along((var + (mean - centre).square()) * count, inside) / positions
-        total = total + centre * shares[0, index]
-        spread = spread + along(around, outside) * shares[1, index]
+        inside = torch.ones_like(mean[0, :1, :1])  # Which cell of this scale each of the finest is in.
+        for _ in space:
+            inside = torch.kron(inside, members(scales[-1], scale, mean))
+        average = inside * count / (inside * count).sum(0).clamp(min=1)
+        centre = mean @ average
+        around = (var + (mean - centre @ inside.t()).square()) @ average
+        total = total + (centre * shares[0, index]) @ inside.t()
+        spread = spread + (around * shares[1, index]) @ inside.t()
     return total, spread
+
+
+def mixture(
+    moments: Moments,
+    mean_gate: Tensor,
+    var_gate: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    scales: Sequence[int],
+    space: Sequence[int],
+) -> Coefficients:
+    """Scale and shift of each of the finest cells."""
+    gates = torch.stack((mean_gate, var_gate)).to(moments.mean.dtype)
+    mean, var = mixed(moments.mean.flatten(2), moments.var.flatten(2), space, scales, gates)
+    weight, bias = (None if t is None else t.unsqueeze(1) for t in (weight, bias))
+    scale, shift, _ = affine(mean, var, weight, bias, eps)
+    return Coefficients(scale.reshape(moments.mean.shape), shift.reshape(moments.mean.shape))
 
 
 class MultiscaleNorm(TrackedNorm):
@@ -111,23 +123,9 @@ class MultiscaleNorm(TrackedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.num_features, self.dims, least=3)
-        if x.numel() == 0:
-            return x + sum(p.to(x.dtype).sum() for p in self.parameters())
-        values, space = x.to(wide(x.dtype)), tuple(range(2, x.dim()))
-        values = values - values.detach().mean(space, keepdim=True)
-        inside = [members(x.shape[axis], self.scales[-1], values) for axis in space]
-        outside = [matrix.t() for matrix in inside]
-        count = along(torch.ones_like(values[:1, :1]), inside)
-        mean = along(values, inside) / count.clamp(min=1)
-        var = along((values - along(mean, outside)).square(), inside) / count.clamp(min=1)
-        gates = torch.stack((self.mean_gate, self.var_gate)).to(values.dtype)
-        mean, var = mixed(mean, var, count, self.scales, gates)
-        each = (-1, *[1] * len(space))
-        scale = torch.rsqrt(var + self.eps)
-        scale = scale if self.weight is None else scale * self.weight.to(scale.dtype).reshape(each)
-        shift = -mean * scale
-        shift = shift if self.bias is None else shift + self.bias.to(scale.dtype).reshape(each)
-        return torch.addcmul(along(shift, outside), values, along(scale, outside)).to(x.dtype)
+        function = partial(mixture, eps=self.eps, scales=self.scales, space=x.shape[2:])
+        tensors = self.mean_gate, self.var_gate, self.weight, self.bias
+        return normalize(x, function, *tensors, parts=Cells(self.scales[-1]))[0]
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, scales={self.scales}, eps={self.eps}, affine={self.affine}"

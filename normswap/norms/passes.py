@@ -37,6 +37,14 @@ def fine(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """``scale block + shift`` into ``out``, which may be ``block``; torch is faster in two steps where each row has a
+    factor: where the last axis of the factors is 1."""
+    if scale.shape[-1] == 1:
+        return torch.mul(block, scale, out=out).add_(shift)
+    return torch.addcmul(shift, block, scale, out=out)
+
+
 class Passes:
     """Passes over tensors of the shape and memory layout of ``x``, of any floating dtype."""
 
@@ -125,9 +133,25 @@ class Passes:
         total, product = self.small(total), self.small(product)
         return total, product + total * self.base()
 
-    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
-        """``scale grad + slope x + level``."""
-        out = torch.empty_like(grad)
+    def room(self, x: Tensor) -> Tensor:
+        """Memory for a result like ``x``."""
+        return torch.empty_like(x)
+
+    def behind(self) -> int | Tensor:
+        """Values behind each moment, at least 1."""
+        return max(self.count, 1)
+
+    def passed_on(self, mean: Tensor, by_mean: Tensor | None, by_var: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(slope, level)``: what gradients by mean and variance give to each value, ``slope x + level``."""
+        zero, count = torch.zeros_like(mean), self.behind()
+        slope = (zero if by_var is None else by_var) * (2 / count)
+        return slope, (zero if by_mean is None else by_mean) / count - slope * mean.detach()
+
+    def combine(
+        self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """``scale grad + slope x + level``, in ``out`` where it is given, which may be ``grad``."""
+        out = torch.empty_like(grad) if out is None else out
         rows, grads, target = self.rows(x), self.rows(grad), self.rows(out)
         level = self.spread(level + slope * self.base())
         scale, slope = self.spread(scale), self.spread(slope)
@@ -219,12 +243,18 @@ class NativePasses(Passes):
             )  # fmt: skip
         return self.small(total).to(self.fine), self.small(product).to(self.fine)
 
-    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
+    def room(self, x: Tensor) -> Tensor:
+        out, self.normalized = self.normalized, None
+        return torch.empty_like(x) if out is None else out
+
+    def combine(
+        self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         if not self.plainly:
-            return super().combine(x, grad, scale, slope, level)
-        out = torch.empty_like(grad)
-        self._affine(x, slope, level, out)
-        self.rows(out).addcmul_(self.rows(grad), self.spread(scale))
+            return super().combine(x, grad, scale, slope, level, out)
+        out = torch.empty_like(grad) if out is None else out
+        self._affine(grad, scale, level, out)
+        self.rows(out).addcmul_(self.rows(x), self.spread(slope))
         return out
 
 
@@ -249,8 +279,10 @@ class KernelPasses(Passes):
         total, product = self.kernels.sums(self.layout, x, grad, self.mean)
         return self.small(total), self.small(product)
 
-    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
-        return self.kernels.combine(self.layout, x, grad, self.mean, scale, slope, level)
+    def combine(
+        self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        return self.kernels.combine(self.layout, x, grad, self.mean, scale, slope, level, out)
 
 
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -293,8 +325,10 @@ class EmptyPasses(Passes):
         total = x.new_zeros((self.samples, self.channels), dtype=fine(x.device))
         return total, total
 
-    def combine(self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor) -> Tensor:
-        return torch.empty_like(grad)
+    def combine(
+        self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        return torch.empty_like(grad) if out is None else out
 
 
 def passes(x: Tensor) -> Passes:

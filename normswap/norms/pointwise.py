@@ -5,19 +5,21 @@ As in :mod:`normswap.norms.moments`, small tensors are made from the moments of 
 .. math::  y = h(x;\, c_1, \dots, c_k), \quad (c_1, \dots, c_k) = f(m, v, \theta),
 
 with :math:`c_i` of shape ``(N, C)`` and :math:`h` applied to each value by itself. Of large tensors, only ``x`` is
-kept; the backward pass computes :math:`h` again, block by block in a CPU's cache, and lets autograd differentiate it
-there. Its second part is that of the other core: what :math:`m` and :math:`v` pass on to ``x``."""
+kept; the backward pass computes :math:`h` again and its derivatives by hand, block by block in a CPU's cache: the
+sums :math:`\sum g\, \partial h / \partial c_i`, which ordinary autograd takes through :math:`f`, and
+:math:`g\, \partial h / \partial x`. A second pass adds what :math:`m` and :math:`v` pass on to ``x``, as in the other
+core."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normswap.norms.moments import Moments, _empty, _plainly, again, measured, small_gradients
-from normswap.norms.passes import NativePasses, Passes, passes
+from normswap.norms.passes import Passes, passes
 
 
 class Factors(NamedTuple):
@@ -30,8 +32,31 @@ class Factors(NamedTuple):
 
 Small = Callable[..., Factors]
 """``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
-Pointwise = Callable[..., Tensor]
-"""``h(x, *factors)``, of tensors that broadcast; pure, and each value by itself."""
+
+
+class Pointwise:
+    """``h(x, *factors)`` of tensors that broadcast, each value by itself, and the same block by block.
+
+    A block has shape ``(P, L, Q)`` and its factors ``(P, 1, Q)``, in the working precision; ``room`` is memory for so
+    many blocks as ``buffers`` says, whose contents mean nothing."""
+
+    buffers: ClassVar[int] = 1
+    times: ClassVar[int | None] = None
+    """Which factor :meth:`backward` leaves out of the gradient by ``x``; all of it is a multiple of that one."""
+
+    def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
+        """In operations that torch differentiates."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
+        """``h`` into ``out``, which is not ``x``."""
+        raise NotImplementedError
+
+    def backward(
+        self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The gradient by ``x`` with the factors held into ``out``; for each factor its own, summed over ``L``."""
+        raise NotImplementedError
 
 
 def transform(
@@ -71,18 +96,12 @@ class _Transform(torch.autograd.Function):
         dense = over.dense(x.detach())
         needed = any(ctx.needs_input_grad)
         mean, var = (each.requires_grad_(ctx.needs_input_grad[0]) for each in over.measure(dense))
-        if isinstance(over, NativePasses):
-            over.normalized = None  # Large, and of no use here.
         leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
         with torch.set_grad_enabled(needed):
             values, seen = function(Moments(mean, var, over.count), *leaves)
             values = tuple(each.expand_as(mean) for each in values)
-        out = torch.empty_like(dense)
-        rows, target = over.rows(dense), over.rows(out)
-        factors = [over.spread(each.detach()) for each in values]
-        for part, piece in over.blocks(rows):
-            block = rows[part, piece].to(over.wide)
-            target[part, piece] = pointwise(block, *(each[part] for each in factors))
+        out = over.room(dense)
+        _made(over, pointwise, dense, values, out)
         found = tuple(each.detach().clone() for each in seen)
         ctx.mark_non_differentiable(*found)
         ctx.save_for_backward(x, *tensors)
@@ -96,16 +115,70 @@ class _Transform(torch.autograd.Function):
         if torch.is_grad_enabled():
             return again(ctx, plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
         over, mean, var, leaves, values = ctx.small
+        pointwise: Pointwise = ctx.functions[1]
         dense, grad = over.dense(x), over.dense(gradients[0])
-        direct, sums = _blockwise(over, ctx.functions[1], dense, grad, values, ctx.needs_input_grad[0])
+        direct, sums = _blockwise(over, pointwise, dense, grad, values, ctx.needs_input_grad[0])
         outputs = [(out, g) for out, g in zip(values, sums, strict=True) if out.requires_grad]
         found = small_gradients(outputs, (mean, var, *leaves))
         dx = None
         if direct is not None:
-            slope = found.get(id(var), torch.zeros_like(var)) * (2 / over.count)
-            level = found.get(id(mean), torch.zeros_like(mean)) / over.count - slope * mean.detach()
-            dx = over.combine(dense, direct, torch.ones_like(mean), slope, level)
+            slope, level = over.passed_on(mean, found.get(id(mean)), found.get(id(var)))
+            scale = torch.ones_like(mean) if pointwise.times is None else values[pointwise.times].detach()
+            dx = over.combine(dense, direct, scale, slope, level, direct)
         return dx, None, None, *(None if t is None else found.get(id(t)) for t in leaves)
+
+
+LARGER = 4
+"""A block is so many times larger than in the passes: with so many operations on each, calling them weighs more than
+the way to a cache of a higher level."""
+
+
+class _Cut:
+    """How tensors ``(P, L, Q)`` are cut into blocks, each a part of ``P`` or of one of its rows."""
+
+    def __init__(self, over: Passes, rows: Tensor) -> None:
+        _, length, inner = rows.shape
+        limit = LARGER * over.limit
+        self.wide, self.fine = over.wide, over.fine
+        self.step = max(1, limit // (length * inner))
+        self.within = length if length * inner <= limit else max(1, limit // inner)
+        self.count = -(-length // self.within)
+        self.size = min(rows.numel(), max(limit, inner))
+
+    def blocks(self, rows: Tensor) -> list[Tensor]:
+        return [block for part in rows.split(self.step) for block in part.split(self.within, 1)]
+
+    def factors(self, values: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """For each block its factors, of ``(P, 1, Q)`` each."""
+        return [each for each in zip(*(v.split(self.step) for v in values), strict=True) for _ in range(self.count)]
+
+    def total(self, found: tuple[Tensor, ...]) -> Tensor:
+        """``(P, 1, Q)`` from the sums of each block."""
+        if self.count == 1:
+            return torch.cat(found).to(self.fine)
+        rows = [torch.stack(found[i : i + self.count]) for i in range(0, len(found), self.count)]
+        return torch.cat([row.sum(0, dtype=self.fine) for row in rows])
+
+    def rooms(self, like: list[Tensor], count: int) -> list[tuple[Tensor, ...]]:
+        """For each block memory for ``count`` of them, the same again and again."""
+        memory = like[0].new_empty((count, self.size), dtype=self.wide)
+        sizes = {each.shape: tuple(row[: each.numel()].view(each.shape) for row in memory) for each in like}
+        return [sizes[each.shape] for each in like]
+
+    def working(self, block: Tensor) -> Tensor:
+        return block if block.dtype == self.wide else block.to(self.wide)
+
+
+def _made(over: Passes, pointwise: Pointwise, x: Tensor, values: tuple[Tensor, ...], out: Tensor) -> None:
+    """``h`` into ``out``."""
+    rows = over.rows(x)
+    cut = _Cut(over, rows)
+    targets, factors = cut.blocks(over.rows(out)), cut.factors([over.spread(each.detach()) for each in values])
+    rooms = targets if out.dtype == over.wide else [room[0] for room in cut.rooms(targets, 1)]
+    for block, target, made, own in zip(cut.blocks(rows), targets, rooms, factors, strict=True):
+        pointwise.forward(cut.working(block), own, made)
+        if made is not target:
+            target.copy_(made)
 
 
 def _blockwise(
@@ -113,18 +186,15 @@ def _blockwise(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient by ``x`` with the factors held, where it is asked for, and by each factor, ``(N, C)``."""
     out = torch.empty_like(x) if direct else None
-    rows, grads = over.rows(x), over.rows(grad)
-    target = None if out is None else over.rows(out)
-    factors = [over.spread(each.detach()) for each in values]
-    totals = [over.zeros(x) for _ in values]
-    for part, piece in over.blocks(rows):
-        block = rows[part, piece].to(over.wide).detach().requires_grad_(direct)
-        own = [each[part].detach().requires_grad_() for each in factors]
-        with torch.enable_grad():
-            made = pointwise(block, *own)
-        found = torch.autograd.grad(made, [*([block] if direct else []), *own], grads[part, piece].to(over.wide))
-        if target is not None:
-            target[part, piece] = found[0]
-        for total, each in zip(totals, found[-len(own) :], strict=True):
-            total[part].add_(each)
-    return out, [over.small(total) for total in totals]
+    rows = over.rows(x)
+    cut = _Cut(over, rows)
+    blocks, grads, factors = cut.blocks(rows), cut.blocks(over.rows(grad)), [over.spread(e.detach()) for e in values]
+    rooms = cut.rooms(blocks, pointwise.buffers + (out is None or out.dtype != over.wide))
+    targets = [None] * len(blocks) if out is None else cut.blocks(over.rows(out))
+    sums = []
+    for block, given, target, room, own in zip(blocks, grads, targets, rooms, cut.factors(factors), strict=True):
+        made = target if target is not None and len(room) == pointwise.buffers else room[-1]
+        sums.append(pointwise.backward(cut.working(block), cut.working(given), own, made, room[: pointwise.buffers]))
+        if target is not None and made is not target:
+            target.copy_(made)
+    return out, [over.small(cut.total(each)) for each in zip(*sums, strict=True)]

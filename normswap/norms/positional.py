@@ -23,6 +23,7 @@ from torch import Tensor
 
 from normswap.norms.moments import Coefficients, Moments, affine, measured, normalize
 from normswap.norms.momentum import Momentum
+from normswap.norms.positions import can, over_channels
 from normswap.norms.tracked import TrackedNorm, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import POSITION, Norm
@@ -60,6 +61,8 @@ class PositionalNorm(TrackedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
+        if can(x, self.weight, self.bias):
+            return over_channels(x, self.weight, self.bias, self.eps)
         out, _ = normalize(_positions(x), partial(own, eps=self.eps))
         return self._affine(out.transpose(1, 2).reshape(x.shape))
 

@@ -5,20 +5,37 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.norms.adopt import adopt_affine
 from normswap.norms.layer import Over, pooling
+from normswap.norms.moments import Coefficients, Moments, normalize
+from normswap.norms.passes import wide
+from normswap.norms.positions import can, over_channels
 from normswap.registry import builds, reads
 from normswap.spec import MAP, POSITION, Norm
+
+
+def mean_squares(moments: Moments, weight: Tensor | None, *, eps: float) -> Coefficients:
+    """The scale by the mean square of all channels; a sum of squares loses nothing."""
+    square = (moments.var + moments.mean.square()).mean(1, keepdim=True)
+    scale = torch.rsqrt(square + eps)
+    scale = scale.expand_as(moments.mean) if weight is None else scale * weight.to(scale.dtype)
+    return Coefficients(scale, torch.zeros_like(moments.mean))
 
 
 class ChannelRMSNorm(nn.RMSNorm):
     """RMS normalization of ``(N, C, *S)`` over C at every position."""
 
     def forward(self, x: Tensor) -> Tensor:
+        same = self.weight is None or self.weight.dtype == x.dtype
+        if same and can(x, self.weight):
+            eps = torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
+            return over_channels(x, self.weight, None, eps, centred=False)
         return F.rms_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.eps).movedim(-1, 1)
 
 
@@ -26,8 +43,12 @@ class ChannelsFirstRMSNorm(nn.RMSNorm):
     """RMS normalization of ``(N, C, *S)`` over ``(C, *S)`` with a per-channel weight, for any spatial size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        out = x * torch.rsqrt(x.square().mean(tuple(range(1, x.dim())), keepdim=True) + eps)
+        eps = torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
+        if can(x, self.weight) and (self.weight is None or self.weight.dtype == x.dtype):
+            return normalize(x, partial(mean_squares, eps=eps), self.weight)[0]
+        values = x.to(wide(x.dtype))  # Squares of 16 bits overflow.
+        square = values.square().mean(tuple(range(1, x.dim())), keepdim=True)
+        out = (values * torch.rsqrt(square + eps)).to(x.dtype)
         return out if self.weight is None else out * self.weight.reshape(-1, *[1] * (x.dim() - 2))
 
 

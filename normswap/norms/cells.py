@@ -1,0 +1,240 @@
+r"""The passes over a map that is cut into cells, each with moments and factors of its own.
+
+Every spatial axis of length :math:`L` is cut into :math:`s` parts, position :math:`i` being in part
+:math:`\lfloor i s / L \rfloor`; where :math:`s` does not divide :math:`L` they are not all as long, and some may be
+empty. Moments, scale and shift have shape ``(N, C, *cells)`` with ``s`` cells on each axis, and otherwise all is as in
+:mod:`normswap.norms.moments`.
+
+All axes but the last are cut by slicing. Along the last, values stand side by side and its parts may be short: there
+factors are spread out to one for each position, and sums are taken over the other axes first, then over the parts of
+what is left. Of a cell whose mean is large against its spread, values are shifted by that mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from normswap.norms.moments import Function, Moments
+from normswap.norms.passes import Passes, fine, scaled, wide
+
+OFF_CENTRE = 4.0
+"""Cells whose means are of more than so many standard deviations are shifted: sums of squares lose the square of it."""
+
+
+def members(length: int, parts: int, like: Tensor) -> Tensor:
+    """Which part each position of an axis is in, ``(length, parts)`` of zeros and ones."""
+    part = torch.arange(length, device=like.device) * parts // length
+    return (part.unsqueeze(1) == torch.arange(parts, device=like.device)).to(like.dtype)
+
+
+def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``x`` of shape ``(N, C, *S)`` times a matrix on each spatial axis."""
+    for axis, matrix in enumerate(matrices, 2):
+        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    return x
+
+
+def positions(space: Sequence[int], parts: int, like: Tensor) -> Tensor:
+    """How many positions each cell has, ``(1, 1, *cells)`` in the dtype of ``like``."""
+    whole = like.new_ones((1, 1, *space))
+    return along(whole, [members(length, parts, like) for length in space])
+
+
+def slices(length: int, parts: int) -> list[slice]:
+    starts = [-(-part * length // parts) for part in range(parts + 1)]
+    return [slice(*pair) for pair in pairwise(starts)]
+
+
+LARGER = 4
+"""A block is so many times larger than in the other passes: calls for smaller ones take longer than the way to a cache
+of a higher level."""
+
+
+class CellPasses(Passes):
+    """Passes over tensors like ``x``, of shape ``(N, C, *S)``, in ``parts`` parts on each spatial axis.
+
+    With ``P`` for ``N`` where channels are last in memory and else for ``N C``, and ``R`` for the last axis (and the
+    channels behind it), a tensor is seen as ``(P, parts, L / parts, ..., R)`` if ``parts`` divides the other axes, and
+    else as ``(P, L, ..., R)``, of which slabs are cut. A place is a slab's number, where its values are, and where
+    its factors and sums."""
+
+    def __init__(self, x: Tensor, parts: int) -> None:
+        super().__init__(x)
+        space = x.shape[2:]
+        self.parts = parts
+        self.lead = space[:-1] or space
+        self.tail = space[-1] if len(space) > 1 else 0
+        self.inner = self.channels if self.last else 1
+        self.even = all(length % parts == 0 for length in self.lead)
+        self.slabs = 1 if self.even else parts ** len(self.lead)
+        self.cells = (parts,) * len(space)
+        self.positions = positions(space, parts, x.new_empty(0, dtype=self.fine)).clamp_(min=1)
+        self.centre: Tensor | None = None
+        self.limit *= LARGER
+
+    def behind(self) -> Tensor:
+        return self.positions
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        flat = tensor.movedim(1, -1) if self.last else tensor
+        lead = [n for length in self.lead for n in (self.parts, length // self.parts)] if self.even else self.lead
+        return flat.reshape(self.samples if self.last else -1, *lead, max(self.tail, 1) * self.inner)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Factors ``(N, C, *cells)`` as ``(slabs, P, ..., R)``, in the working precision."""
+        values = values.to(self.wide)
+        if self.last:
+            values = values.movedim(1, -1)
+        lead, axes = self.parts ** len(self.lead), range(len(self.lead))
+        if self.tail and self.tail % self.parts == 0:
+            values = values.reshape(-1, lead, self.parts, 1, self.inner)
+            values = values.expand(-1, -1, -1, self.tail // self.parts, -1)
+        elif self.tail:
+            part = torch.arange(self.tail, device=values.device) * self.parts // self.tail
+            values = values.reshape(-1, lead, self.parts, self.inner).index_select(2, part)
+        values = values.reshape(-1, lead, max(self.tail, 1) * self.inner)
+        if self.even:
+            return values.reshape(1, len(values), *(n for _ in axes for n in (self.parts, 1)), values.shape[2])
+        return values.movedim(1, 0).reshape(lead, len(values), *(1 for _ in axes), values.shape[2])
+
+    def gathered(self, totals: Tensor) -> Tensor:
+        """Sums as :meth:`spread` has factors, of all positions of a cell, ``(N, C, *cells)``."""
+        values = totals if self.even else totals.movedim(0, 1)
+        if self.tail:
+            values = values.reshape(-1, self.parts ** len(self.lead), self.tail, self.inner)
+            if self.tail % self.parts == 0:
+                values = values.unflatten(2, (self.parts, -1)).sum(3, dtype=self.fine)
+            else:
+                values = members(self.tail, self.parts, self.positions).t() @ values.to(self.fine)
+        if self.last:
+            return values.reshape(self.samples, *self.cells, self.channels).movedim(-1, 1).to(self.fine)
+        return values.reshape(self.samples, self.channels, *self.cells).to(self.fine)
+
+    def places(self, rows: Tensor) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        """Every value once; none that is empty."""
+        outer, inner = rows.shape[0], rows.shape[-1]
+        if self.even:
+            within = max(1, self.limit // (rows[0, 0].numel()))
+            step = max(1, self.limit // rows[0].numel())
+            for start, begin in product(range(0, outer, step), range(0, self.parts, within)):
+                place = slice(start, start + step), slice(begin, begin + within)
+                yield 0, place, place
+            return
+        step = max(1, self.limit // (prod(self.lead) * inner))
+        cuts = list(product(*(slices(length, self.parts) for length in self.lead)))
+        for start, (number, (first, *others)) in product(range(0, outer, step), enumerate(cuts)):
+            each = prod(cut.stop - cut.start for cut in others) * inner
+            within = max(1, self.limit // max(each, 1))
+            for begin in range(first.start, first.stop, within) if each else ():
+                piece = slice(begin, min(begin + within, first.stop))
+                yield number, (slice(start, start + step), piece, *others), (slice(start, start + step),)
+
+    def summed(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        """In cells, the two sums of what ``terms`` makes of each place."""
+        axes = tuple(range(2, rows.dim() - 1, 2)) if self.even else tuple(range(1, rows.dim() - 1))
+        shape = [1 if axis in axes else length for axis, length in enumerate(rows.shape)]
+        totals = [rows.new_zeros((self.slabs, *shape), dtype=self.wide) for _ in range(2)]
+        for number, place, own in self.places(rows):
+            for total, term in zip(totals, terms(number, place, own), strict=True):
+                total[number][own].add_(term.sum(axes, keepdim=True, dtype=self.wide))
+        return [self.gathered(total) for total in totals]
+
+    def shifts(self) -> Tensor | None:
+        return None if self.centre is None else self.spread(self.centre)
+
+    def centred_by(self, shift: Tensor | None, block: Tensor, number: int, own: tuple[slice, ...]) -> Tensor:
+        """A block less its shift, in the working precision; itself, where nothing is to be done."""
+        return block.to(self.wide) if shift is None else block - shift[number][own]
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each cell, ``(N, C, *cells)``."""
+        rows, shift = self.rows(x), self.shifts()
+
+        def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
+            value = self.centred_by(shift, rows[place], number, own)
+            return value, value.square()
+
+        mean, square = (each / self.positions for each in self.summed(rows, terms))
+        var = square - mean.square()
+        if not bool(((mean.square() <= OFF_CENTRE**2 * var) | (square == 0)).all()):
+            self.centre = mean.to(self.wide).to(self.fine)
+            shift = self.shifts()
+            mean, square = (each / self.positions for each in self.summed(rows, terms))
+            var = square - mean.square()
+            mean = mean + self.centre
+        return mean, var.clamp_(min=0)
+
+    def base(self) -> Tensor:
+        """The shift, ``(N, C, *cells)``; zeros where there is none."""
+        return torch.zeros_like(self.positions) if self.centre is None else self.centre
+
+    def affine(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        rows, target = self.rows(x), self.rows(out)
+        shift, scale, away = self.spread(shift + scale * self.base()), self.spread(scale), self.shifts()
+        for number, place, own in self.places(rows):
+            result, value = target[place], self.centred_by(away, rows[place], number, own)
+            made = result if out.dtype == self.wide else value
+            scaled(value, scale[number][own], shift[number][own], made)
+            if made is not result:
+                result.copy_(made)
+        return out
+
+    def sums(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, grads, shift = self.rows(x), self.rows(grad), self.shifts()
+
+        def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
+            given = grads[place]
+            return given, self.centred_by(shift, rows[place], number, own) * given
+
+        total, product = self.summed(rows, terms)
+        return total, product + total * self.base()
+
+    def combine(
+        self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        out = torch.empty_like(grad) if out is None else out
+        rows, grads, target = self.rows(x), self.rows(grad), self.rows(out)
+        level = self.spread(level + slope * self.base())
+        scale, slope, shift = self.spread(scale), self.spread(slope), self.shifts()
+        for number, place, own in self.places(rows):
+            result, given = target[place], grads[place].to(self.wide)
+            made = result if out.dtype == self.wide else given
+            scaled(given, scale[number][own], level[number][own], made)
+            made.addcmul_(self.centred_by(shift, rows[place], number, own), slope[number][own])
+            if made is not result:
+                result.copy_(made)
+        return out
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a map, as :func:`normswap.norms.moments.normalize` takes them."""
+
+    parts: int
+
+    def passes(self, x: Tensor) -> Passes:
+        return CellPasses(x, self.parts)
+
+    def plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """In operations that torch differentiates, compiles and exports by itself."""
+        values, space = x.to(wide(x.dtype)), tuple(range(2, x.dim()))
+        shift = values.detach().mean(space, keepdim=True)
+        values, base = values - shift, shift.to(fine(x.device))
+        inside = [members(x.shape[axis], self.parts, values) for axis in space]
+        outside = [matrix.t() for matrix in inside]
+        count = along(torch.ones_like(values[:1, :1]), inside).clamp(min=1)
+        mean = along(values, inside) / count
+        var = along((values - along(mean, outside)).square(), inside) / count
+        mean, var = mean.to(base.dtype), var.to(base.dtype)
+        moments = Moments(mean + base, var, values[0, 0].numel())
+        scale, offset, seen = function(moments, *tensors)
+        offset = (offset + scale * base).expand_as(mean).to(values.dtype)
+        scale = scale.expand_as(mean).to(values.dtype)
+        out = torch.addcmul(along(offset, outside), values, along(scale, outside))
+        return out.to(x.dtype), tuple(each.detach() for each in seen)
