@@ -57,7 +57,7 @@ def parse_input(text: str, dtype: torch.dtype = torch.float32, *, seed: int = 0)
     """A random tensor for ``"1x3x224x224"`` or ``"1x16:int64"``, on the CPU.
 
     Floating values are standard normal, in ``dtype`` unless the text names one; integers and booleans are 0 or 1.
-    Raises :class:`NormswapError` for any other text.
+    Raises :class:`NormswapError` for any other text, and for a tensor that does not fit into memory.
     """
     shape_text, colon, dtype_text = text.partition(":")
     sizes = shape_text.split("x")
@@ -70,9 +70,12 @@ def parse_input(text: str, dtype: torch.dtype = torch.float32, *, seed: int = 0)
         dtype = named
     generator = torch.Generator().manual_seed(seed)
     shape = [int(size) for size in sizes]
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    except (RuntimeError, OverflowError, TypeError) as error:  # more than memory, or than 64 bits
+        raise NormswapError(f"--input {text!r}: there is no memory for a tensor of this shape") from error
 
 
 def parse_inputs(texts: Iterable[str], model: nn.Module) -> tuple[Tensor, ...] | None:

@@ -8,11 +8,14 @@ batches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from normswap.arguments import named_object
 from normswap.calibration import check_batches
@@ -52,19 +55,69 @@ def load_batches(text: str, size: int, preparation: Preparation | None = None) -
     return batches  # type: ignore[return-value]
 
 
-def check_takes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
-    """Run the model in eval mode on the first of the batches that ``text`` names, and leave no mark on it.
+def check_takes(model: nn.Module, batches: Iterable[Any], text: str) -> Iterable[Any]:
+    """Run the model in eval mode on the first of the batches that ``text`` names, and leave no mark on it. Returns the
+    batches, that one among them where they can be gone over only once.
 
     Raises :class:`NormswapError` where it does not run."""
+    iterator = iter(batches)
+    first = list(islice(iterator, 1))
     with torch.no_grad(), unmarked(model), eval_mode(model):
-        for batch in batches:
+        for batch in first:
             try:
                 run(model, batch, None)
             except NormswapError:
                 raise
             except Exception as error:
                 raise NormswapError(f"--data {text!r}: the model does not run on batch 0: {brief(error)}") from error
-            return
+    return chain(first, iterator) if isinstance(batches, Iterator) else batches
+
+
+class Counted:
+    """The batches that ``text`` names, with a way to run them that tells which of them fails."""
+
+    def __init__(self, batches: Iterable[Any], text: str) -> None:
+        self.batches, self.text = batches, text
+        self._numbers: dict[int, int] = {}
+        self._last = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Raises :class:`NormswapError` for a batch that cannot be had."""
+        iterator = iter(self.batches)
+        for number in count():
+            try:
+                batch = next(iterator, _END)
+            except (NormswapError, OSError):
+                raise
+            except Exception as error:
+                raise NormswapError(f"--data {self.text!r}: no batch {number}: {brief(error)}") from error
+            if batch is _END:
+                return
+            self._last = number
+            self._numbers.update((id(leaf), number) for leaf in _pytree.tree_leaves(batch))
+            yield batch
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output. Raises :class:`NormswapError` where it does not run."""
+        known = [self._numbers[id(leaf)] for leaf in _pytree.tree_leaves(batch) if id(leaf) in self._numbers]
+        with self.one_by_one(known[0] if known else None):
+            return run(model, batch, None)
+
+    @contextmanager
+    def one_by_one(self, number: int | None = None) -> Iterator[None]:
+        """Within it the model runs on each batch before the next is asked for, or on batch ``number``. Raises
+        :class:`NormswapError` where it does not run."""
+        try:
+            yield
+        except (NormswapError, OSError):
+            raise
+        except Exception as error:
+            which = self._last if number is None else number
+            told = f"--data {self.text!r}: the model does not run on batch {which}: {brief(error)}"
+            raise NormswapError(told) from error
+
+
+_END = object()
 
 
 def parse_preparation(size: str | None, resize: int | None, mean: str | None, std: str | None) -> Preparation | None:
@@ -89,7 +142,7 @@ def parse_preparation(size: str | None, resize: int | None, mean: str | None, st
 
 def _cut(name: str, inputs: tuple[Any, ...], size: int) -> Iterator[tuple[Any, ...]]:
     counts = {value.shape[0] if value.dim() else 0 for value in inputs if isinstance(value, Tensor)}
-    if len(counts) != 1 or not (count := counts.pop()):
+    if len(counts) != 1 or not (samples := counts.pop()):
         raise NormswapError(f"--data {name}: its tensors must have one number of samples, along their first axis")
-    for start in range(0, count, size):
+    for start in range(0, samples, size):
         yield tuple(value[start : start + size] if isinstance(value, Tensor) else value for value in inputs)

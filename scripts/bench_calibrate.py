@@ -5,6 +5,7 @@ unlabelled inputs are fixed by their seeds. The test images are never used to ca
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -32,10 +33,23 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "instance": {"to": "instance"},
 }
 TRANSFORMER: dict[str, dict[str, Any]] = {"layer to rms": {"to": "rms"}}
-SIZES = (64, 256, 1024)
-REFINE, REFINED = 200, (256,)
+CLOSED = (64, 256, 1024)
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{f"{size}": (size, {}) for size in CLOSED},
+    "256, norms alone": (256, {"refit_heads": False}),
+    "256, refined": (256, {"refine": 200}),
+    "1024, layers refined": (1024, {"refine": 500, "refine_layers": True}),
+}
+"""Column to the number of unlabelled images and the options."""
+ONLY = {"group, chosen on 256": ("256", "256, norms alone")}
+"""Rows of which not all columns are measured."""
+LAYERS = ("group, default (near 32)",)
+"""Rows of which the last column is measured."""
 FINE_TUNE = ("group, 8 channels each", "layer")
 STEPS, EVERY = 120, 5
+LOG = Path("build/bench_calibrate.jsonl")
+"""What was measured, a line for each seed, network and conversion, the last one counts. It is not measured
+again, so that a run that was cut off goes on; remove the file after a change of the code."""
 
 
 def conversions(network: str) -> dict[str, dict[str, Any]]:
@@ -48,9 +62,10 @@ def inputs(images: digits.Data, count: int, seed: int) -> list[Tensor]:
     return list(images.train_images[order[:count]].split(64))
 
 
-def keeping(model: nn.Module, options: dict[str, Any], images: digits.Data, seed: int) -> dict[str, float]:
-    """Accuracy in percent: original, reset, copied, calibrated on 256 inputs without the heads, calibrated whole on 64,
-    256 and 1024, and refined."""
+def keeping(
+    model: nn.Module, title: str, options: dict[str, Any], images: digits.Data, seed: int, known: dict[str, float]
+) -> dict[str, float]:
+    """Accuracy in percent: original, reset, copied, and calibrated in each of the :data:`WAYS`, added to ``known``."""
 
     def percent(network: nn.Module) -> float:
         return 100 * digits.accuracy(network.eval(), images)
@@ -62,15 +77,21 @@ def keeping(model: nn.Module, options: dict[str, Any], images: digits.Data, seed
             return plan_groups(model, inputs(images, 256, seed), init=init).apply()
         return normswap.convert(model, example_inputs=example, init=init, **options)
 
-    row = {"original": percent(model), "reset": percent(converted("reset")), "copied": percent(converted())}
-    ways: dict[str, tuple[int, dict[str, Any]]] = {"256, norms alone": (256, {"refit_heads": False})}
-    ways |= {f"{size}": (size, {}) for size in SIZES}
-    ways |= {f"{size}, refined": (size, {"refine": REFINE}) for size in REFINED}
-    for name, (size, given) in ways.items():
+    if not known:
+        known = {"original": percent(model), "reset": percent(converted("reset")), "copied": percent(converted())}
+    row = dict(known)
+    for name in missing(title, known):
+        size, given = WAYS[name]
         network = converted()
         normswap.calibrate(network, model, inputs(images, size, seed), **given)
         row[name] = percent(network)
     return row
+
+
+def missing(title: str, known: dict[str, float]) -> list[str]:
+    """Of the :data:`WAYS` those that are to be measured yet."""
+    wanted = (name for name in ONLY.get(title, WAYS) if title in LAYERS or "refine_layers" not in WAYS[name][1])
+    return [name for name in wanted if name not in known]
 
 
 def steps_back(model: nn.Module, images: digits.Data, target: float, seed: int) -> int:
@@ -89,7 +110,7 @@ def steps_back(model: nn.Module, images: digits.Data, target: float, seed: int) 
 
 
 def _mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}" if values else "–"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -121,32 +142,63 @@ def cost(count: int = 256, size: int = 112) -> Iterator[str]:
     yield from _table(["closed form", "forward passes' time"], rows)
 
 
-def bench(seeds: int, train: Callable[[str, int, digits.Data], nn.Module] = trained) -> Iterator[str]:
+def fine_tuning(model: nn.Module, options: dict[str, Any], images: digits.Data, seed: int) -> dict[str, int]:
+    """Steps from copied and from calibrated on 256 images, see :func:`steps_back`."""
+    target = 100 * digits.accuracy(model, images)
+    example = (images.train_images[:2],)
+    copied, calibrated = (normswap.convert(model, example_inputs=example, **options) for _ in range(2))
+    normswap.calibrate(calibrated, model, inputs(images, 256, seed))
+    return {
+        "from copied": steps_back(copied, images, target, seed),
+        "from calibrated (256)": steps_back(calibrated, images, target, seed),
+    }
+
+
+def measured(seeds: int, train: Callable[[str, int, digits.Data], nn.Module]) -> list[dict[str, Any]]:
+    """Rows by ``seed``, ``network`` and ``to``, of which :data:`LOG` has those that were measured before."""
+    LOG.parent.mkdir(exist_ok=True)
+    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for line in LOG.read_text().splitlines() if LOG.exists() else ():
+        row = json.loads(line)
+        rows[row["seed"], row["network"], row["to"]] = row
     images = digits.data()
-    kept: dict[tuple[str, str], list[dict[str, float]]] = {}
-    steps: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for seed in range(seeds):
         for network in NETWORKS:
-            model = train(network, seed, images)
+            model = None
             for title, options in conversions(network).items():
-                row = keeping(model, options, images, seed)
-                kept.setdefault((network, title), []).append(row)
-                print(seed, network, title, {k: round(v, 1) for k, v in row.items()}, file=sys.stderr, flush=True)
-                if title in FINE_TUNE:
-                    example = (images.train_images[:2],)
-                    copied, calibrated = (normswap.convert(model, example_inputs=example, **options) for _ in range(2))
-                    normswap.calibrate(calibrated, model, inputs(images, 256, seed))
-                    pair = tuple(steps_back(m, images, row["original"], seed) for m in (copied, calibrated))
-                    steps.setdefault((network, title), []).append((pair[0], pair[1]))
+                row = rows.get((seed, network, title), {"seed": seed, "network": network, "to": title, "kept": {}})
+                if row["kept"] and not missing(title, row["kept"]):
+                    continue
+                model = train(network, seed, images) if model is None else model
+                if not row["kept"]:
+                    row["steps"] = fine_tuning(model, options, images, seed) if title in FINE_TUNE else {}
+                row["kept"] = keeping(model, title, options, images, seed, row["kept"])
+                rows[seed, network, title] = row
+                with LOG.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(seed, network, title, row["kept"], row["steps"], file=sys.stderr, flush=True)
+    return [rows[s, n, to] for s in range(seeds) for n in NETWORKS for to in conversions(n)]
+
+
+def _told(rows: list[dict[str, Any]], part: str) -> Iterator[str]:
+    """A table of the means over seeds, of what ``part`` of each row holds."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for row in rows:
+        if row[part]:
+            found.setdefault((row["network"], row["to"]), []).append(row[part])
+    columns = ["original", "reset", "copied", *WAYS] if part == "kept" else ["from copied", "from calibrated (256)"]
+    lines = [[*key, *(_mean([each[c] for each in of if c in each]) for c in columns)] for key, of in found.items()]
+    yield from _table(["network", "to", *columns], lines)
+
+
+def bench(seeds: int, train: Callable[[str, int, digits.Data], nn.Module] = trained) -> Iterator[str]:
+    rows = measured(seeds, train)
     yield f"Test accuracy in percent, mean ± spread of {seeds} seeds (450 test images: one is 0.22). Calibrated on 64,"
-    yield f"256, 1024 unlabelled training images; refined: {REFINE} steps on batches of 64."
+    yield "256, 1024 unlabelled training images; refined: 200 steps of the affines, 500 with the layers, batches of 64."
     yield ""
-    head = list(next(iter(kept.values()))[0])
-    rows = [[*key, *(_mean([row[name] for row in found]) for name in head)] for key, found in kept.items()]
-    yield from _table(["network", "to", *head], rows)
+    yield from _told(rows, "kept")
     yield ""
     yield "Fine-tuning with labels (Adam, rate 0.002, batches of 64): steps until the accuracy is back within 0.5"
     yield f"points of the original's, looked at every {EVERY} steps, {STEPS} at most."
     yield ""
-    rows = [[*key, *(_mean([float(pair[i]) for pair in found]) for i in (0, 1))] for key, found in steps.items()]
-    yield from _table(["network", "to", "from copied", "from calibrated (256)"], rows)
+    yield from _told(rows, "steps")

@@ -208,7 +208,7 @@ def test_the_output_decides_between_the_fits() -> None:
     assert report.fit == max(report.scores, key=lambda name: report.scores[name])
     with torch.no_grad():
         wanted, got = (torch.cat([network(batch) for batch in batches]) for network in (original, model))
-    left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    left = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert report.scores[report.fit] == pytest.approx(1 - float(left), abs=1e-9)
     assert report.scores[report.fit] > report.scores["unchanged"]
 
@@ -236,6 +236,29 @@ def test_what_made_the_model_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) 
     assert report.to_dict()["check"]["put_back"] is True
 
 
+def test_the_check_runs_only_the_model_and_only_what_it_holds() -> None:
+    batches = data(count=8)
+    original = settled(Network(), batches)
+    model = convert(original, "group", channels_per_group=4)
+    runs: list[nn.Module] = []
+
+    def forward(network: nn.Module, batch: Tensor) -> Tensor:
+        runs.append(network)
+        return network(batch)
+
+    report = calibrate(model, original, batches, forward=forward)
+    assert report.check is not None
+    assert report.check.batches == 1
+    assert runs.count(original) == 8 + 1  # once more to see which layers are heads
+    assert runs.count(model) == 3 * 8 + 1
+    with torch.no_grad():
+        wanted, got = original(batches[0]), model(batches[0])
+        copied = convert(original, "group", channels_per_group=4)(batches[0])
+    for output, r2 in ((copied, report.check.before), (got, report.check.after)):
+        left = (output - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+        assert r2 == pytest.approx(1 - float(left), abs=1e-9)
+
+
 def test_what_made_the_model_better_stays() -> None:
     batches = data(count=8)
     original = settled(Network(), batches)
@@ -246,8 +269,8 @@ def test_what_made_the_model_better_stays() -> None:
     assert report.check.after > report.check.before
     assert (report.batches, report.check.batches) == (8, 1)
     with torch.no_grad():
-        wanted, got = (network(batches[7]) for network in (original, model))
-    left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+        wanted, got = (network(batches[0]) for network in (original, model))
+    left = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert report.check.after == pytest.approx(1 - float(left), abs=1e-9)
 
 
@@ -712,7 +735,7 @@ def test_refine_brings_the_output_nearer_by_the_affines_alone() -> None:
     assert changed == {f"norm{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
     with torch.no_grad():
         wanted, got = (torch.cat([network(x) for x in data()]) for network in (original, model))
-    left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    left = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert report.scores["refined"] == pytest.approx(1 - float(left), abs=1e-9)
 
 

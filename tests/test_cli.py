@@ -232,6 +232,10 @@ class TestInspect:
         (site,) = json.loads(run("inspect", "--json", "--input", "1x16:int64", model="words").stdout)["sites"]
         assert site["shapes"] == [[1, 16, 6]]
 
+    def test_an_input_larger_than_memory(self, run: Callable[..., Result]) -> None:
+        for shape in ("1x3x9999999x9999999", "1x3x999999999999x999999999999999999999"):
+            assert "there is no memory for a tensor" in run("inspect", "--input", shape, status=2).stderr
+
     def test_model_arguments_are_literals(self, run: Callable[..., Result]) -> None:
         (first, _) = json.loads(run("inspect", "--json", "--model-arg", "width=20").stdout)["sites"]
         assert first["channels"] == 20
@@ -406,6 +410,7 @@ class TestCalibrate:
         assert not torch.equal(written["first.weight"], copied["first.weight"])
         record = json.loads(run(*flags, "-o", tmp_path / "b.pt", "--json", "--refine", 3).stdout)
         assert set(record["calibration"]["scores"]) == {"unchanged", "moments", "least_squares", "refined"}
+        assert record["calibration"]["layers"] == []
 
     def test_groups_are_chosen(self, run: Callable[..., Result], folder: Path, tmp_path: Path, images: Path) -> None:
         flags = ("convert", folder / "net.pt", "--to", "group", "--groups", "auto")
@@ -437,9 +442,44 @@ class TestCalibrate:
         assert "the model does not run on batch 0: RuntimeError" in said
         assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
+    def test_a_generator_loses_no_batch(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
+        (folder / "cli_generator.py").write_text(
+            "import torch\ndef batches():\n    yield torch.ones(4, 3, 6, 6)\n    yield torch.randn(4, 3, 6, 6)\n"
+        )
+        flags = ("convert", folder / "net.pt", "--to", "group", "-o", tmp_path / "a.pt")
+        flags = (*flags, "--data", f"{folder}/cli_generator.py:batches", "--groups")
+        assert "on 2 batches" in run(*flags, 2).stdout
+        assert "gone over only once, but --groups auto" in run(*flags, "auto", "--force", status=2).stderr
+        assert "gone over only once, but --refine" in run(*flags, 2, "--refine", 2, "--force", status=2).stderr
+
+    @pytest.mark.parametrize(
+        ("last", "words"),
+        [
+            ("torch.randn(4, 5, 6, 6)", "does not run on batch 1: RuntimeError"),
+            ("1 / 0", "no batch 1: ZeroDivisionError"),
+        ],
+    )
+    def test_a_later_batch_fails(
+        self, run: Callable[..., Result], folder: Path, tmp_path: Path, last: str, words: str
+    ) -> None:
+        (folder / "cli_later.py").write_text(
+            "import torch\nclass Batches:\n    def __iter__(self):\n        yield torch.randn(4, 3, 6, 6)\n"
+            f"        yield {last}\n"
+        )
+        flags = ("--data", f"{folder}/cli_later.py:Batches")
+        for groups in (2, "auto"):
+            converted = ("convert", folder / "net.pt", "--to", "group", "--groups", groups, "-o", tmp_path / "a.pt")
+            assert words in run(*converted, *flags, status=2).stderr
+        assert words in run("inspect", folder / "net.pt", *flags, status=2).stderr
+        assert list(tmp_path.iterdir()) == []
+
     def test_refine_needs_data(self, run: Callable[..., Result], folder: Path, tmp_path: Path) -> None:
         result = run("convert", folder / "net.pt", "--to", "group", "--refine", 5, "-o", tmp_path / "a.pt", status=2)
         assert "--refine needs inputs: pass --data FILE" in result.stderr
+        result = run(
+            "convert", folder / "net.pt", "--to", "group", "--refine-layers", "-o", tmp_path / "a.pt", status=2
+        )
+        assert "--refine-layers is for a distillation: pass --refine STEPS" in result.stderr
         assert list(tmp_path.iterdir()) == []
 
 

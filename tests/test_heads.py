@@ -118,8 +118,20 @@ def test_the_score_is_that_of_the_model_that_is_left() -> None:
     report = calibrate(model, original, batches())
     with torch.no_grad():
         wanted, got = (torch.cat([network(x) for x in batches()]) for network in (original, model))
-    left = (got - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    left = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
     assert report.scores[report.fit] == pytest.approx(1 - float(left), abs=1e-9)
+
+
+def test_what_heads_of_fewer_inputs_gave_does_not_count() -> None:
+    """Of eight windows the heads are fitted in the first and the fourth."""
+    original = trained(Headed(nn.Linear(8, 5)))
+    model, copied = (convert(original, "group", groups=4) for _ in range(2))
+    inputs = [sample(6, 3, 6, 6, seed=seed) for seed in range(8)]
+    report = calibrate(model, original, inputs, in_flight=1)
+    with torch.no_grad():
+        wanted, got = (torch.cat([network(x) for x in inputs[3:]]) for network in (original, copied))
+    left = (got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert report.scores["unchanged"] == pytest.approx(1 - float(left), abs=1e-9)
 
 
 def test_heads_see_all_batches_however_few_are_in_flight() -> None:

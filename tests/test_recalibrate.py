@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normswap import NormswapError, convert, recalibrate
+from normswap import NormswapError, calibrate, convert, examine, recalibrate
 from tests.support import distance, picture, randomise, sample
 
 
@@ -178,3 +178,32 @@ def test_report() -> None:
     nothing = recalibrate(nn.Sequential(nn.GroupNorm(1, 3)), batches())
     assert nothing.sites == ()
     assert [left.reason for left in nothing.skips] == ["it has no running statistics"]
+
+
+def test_too_few_values_for_a_variance() -> None:
+    model = randomise(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()).eval()
+    before = picture(model)
+    for count, told in ((1, "1: the batches have one value"), (0, "1: the batches have no value")):
+        with pytest.raises(NormswapError, match=told):
+            recalibrate(model, [sample(count, 3)])
+    assert before.differences(model) == []
+    whole = sample(4, 3)
+    recalibrate(model, [whole[:1], whole[:0], whole[1:]], in_flight=1)
+    torch.testing.assert_close(model[1].running_var, model[0](whole).var(0).detach())
+
+
+def test_batches_without_samples_are_passed_over() -> None:
+    original = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).double()).eval()
+    scores = []
+    for empty in ([], [sample(0, 3, 4, 4)]):
+        model = convert(original, "group", groups=2)
+        scores.append(calibrate(model, original, [sample(6, 3, 4, 4), *empty]).scores)
+    assert scores[0] == scores[1]
+    before = picture(model)
+    with pytest.raises(NormswapError, match="no samples"):
+        calibrate(model, original, [sample(0, 3, 4, 4)])
+    assert before.differences(model) == []
+    seen = examine(original, batches=[sample(0, 3, 4, 4), sample(6, 3, 4, 4)])
+    assert [str(each) for each in seen.findings] == [
+        str(each) for each in examine(original, batches=[sample(6, 3, 4, 4)]).findings
+    ]

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from normswap.calibration import processes
 from normswap.calibration.batches import Forward, check_batches, check_runs
 from normswap.calibration.fit import Method
-from normswap.calibration.guard import Again, Fitting
+from normswap.calibration.guard import EVERY, Again, Fitting
+from normswap.calibration.layers import movable
 from normswap.calibration.refine import refined
 from normswap.calibration.report import ROUNDING, Calibration, Check, SiteFit
 from normswap.calibration.run import Session
@@ -37,6 +37,7 @@ def calibrate(
     correct_biases: bool = True,
     refit_heads: bool = True,
     refine: int = 0,
+    refine_layers: bool = False,
     check: bool = True,
 ) -> Calibration:
     """Set the affine of every converted norm of ``model``, in place, so that per channel its output is like that of the
@@ -51,17 +52,24 @@ def calibrate(
     tries both and takes the one whose model output is nearest the reference's, or leaves the affines as they were
     where that is nearer. ``correct_biases``: linear layers behind a fitted norm take up what is left of a shift of
     their mean in their bias. ``refit_heads``: linear layers behind the last fitted norm, weight and bias, are fitted to
-    what they gave, see :mod:`normswap.calibration.heads`. ``refine``: that many steps of distillation, of the affines
-    alone, on the output of the reference. Under ``torch.distributed`` each process passes its own share of the data,
-    and all get the same values: those of one process whose batches are theirs joined.
+    what they gave, see :mod:`normswap.calibration.heads`.
 
-    Where the model's output is then further from the reference's than before, on every eighth batch, run again, or with
-    fewer than eight as they were fitted, all is put back, and the report's ``check`` says so;
-    not with ``check=False``.
+    ``refine``: that many steps of distillation, of the affines, on the output of the reference; then the heads are
+    fitted again. With ``refine_layers`` it moves the weights of the other linear layers and 1 x 1 convolutions too,
+    those that are the layer's own: the output comes nearer, and more inputs are needed to learn from.
+
+    Under ``torch.distributed`` each process passes its own share of the data, and all get the same values: those of one
+    process whose batches are theirs joined.
+
+    Where the model's output is then further from the reference's than before, on every eighth batch run again, of fewer
+    than eight on as many as are in flight and on all as they were fitted, or where nothing can be measured, all is put
+    back, and the report's ``check`` says so; not with ``check=False``. Layers whose tensors other code reads too stay.
 
     Both models run in eval mode; flags, hooks, ``requires_grad``, random states, buffers are as before, and on an
     error the parameters too. Raises :class:`NormswapError` for misuse; what a ``forward`` raises comes through."""
     _check(model, reference, batches, fit, passes, in_flight, refine)
+    if refine_layers and not refine:
+        raise NormswapError("refine_layers=True is for a distillation: say how many steps, refine=500 for instance")
     with functional_as_modules(reference):
         sites, skips = pairs(model, reference)
         if not sites:
@@ -72,7 +80,7 @@ def calibrate(
             model, reference, sites, linear, forward, in_flight, biases=correct_biases, refit_heads=refit_heads
         )
         methods = _methods(sites, fit)
-        fitting = Fitting(batches, in_flight if check else 0)
+        fitting = Fitting(batches, in_flight if check else 0, session.keep, session.kept)
         copied = Trial("unchanged", None, sites, linear)
         fits = [Trial(method, method, sites, linear) for method in methods]
         for _ in range(passes):
@@ -80,9 +88,14 @@ def calibrate(
                 trial.next_pass()
             session.go_through(fitting, [copied, *fits])
         scores = {trial.name: trial.agreement.score() for trial in (copied, *fits)}
+        if session.order and not any(copied.reached(index) for index in session.order):
+            raise NormswapError("batches have no samples: calibration needs at least one")
+        _check_finite(session, fits, scores)
         taken = fits[0] if fit != "auto" or math.isnan(scores[copied.name]) else _best([copied, *fits], scores)
         if refine:
-            better = refined(session, taken, fitting, refine)
+            heads = [linear[i] for i in session.heads or ()]
+            layers = movable(model, reference, heads) if refine_layers else ()
+            better = refined(session, taken, fitting, refine, layers)
             scores["refined"] = better.agreement.score()
             taken = _best([taken, better], scores)
         changed = [] if taken is copied else [i for i in range(len(linear)) if taken.corrects(i)]
@@ -94,10 +107,10 @@ def calibrate(
             if checked.put_back:
                 taken, changed = copied, []
         refitted = {i for i in changed if taken.corrections[i].weight is not None}
-        biases, heads = (tuple(linear[i].name for i in changed if (i in refitted) is which) for which in (False, True))
-        return Calibration(
-            *_told(session, taken, copied, skips), taken.name, scores, session.batches, biases, heads, checked
-        )
+        biases, refits = (tuple(linear[i].name for i in changed if (i in refitted) is which) for which in (False, True))
+        told = _told(session, taken, copied, skips)
+        names = tuple(layer.name for layer in taken.moved)
+        return Calibration(*told, taken.name, scores, session.batches, biases, refits, checked, names)
 
 
 def _check(model: Any, reference: Any, batches: Any, fit: Any, passes: int, in_flight: int, refine: int) -> None:
@@ -148,19 +161,18 @@ def _write_checked(
     session: Session, taken: Trial, changed: Sequence[int], scores: dict[str, float], held: list[Any]
 ) -> Check:
     """Write what was fitted, and take it back where the model is further from the reference than before."""
+    fitted = Check(taken.name, scores["unchanged"], scores[taken.name], 0)
+    if fitted.put_back and (session.batches < EVERY or math.isnan(fitted.before)):
+        return fitted
     writes = _writes(session, taken, changed)
-    if not sum(processes.gathered(len(held))):
-        check = Check(taken.name, scores["unchanged"], scores[taken.name], 0)
-        if not check.put_back:
-            write(writes)
-        return check
     there = Again(session, held)
-    before = there.score()
     saved = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
     kept = False
     try:
         write(writes)
-        check = Check(taken.name, before, there.score(), there.count)
+        check = Check(taken.name, there.before(), there.after(), there.count)
+        if math.isnan(check.before):
+            check = fitted
         kept = not check.put_back
     finally:
         if not kept:
@@ -168,13 +180,23 @@ def _write_checked(
     return check
 
 
+def _check_finite(session: Session, fits: Sequence[Trial], scores: dict[str, float]) -> None:
+    """Raise :class:`NormswapError` where the output is broken or not measured for values that are not finite."""
+    for trial in fits:
+        if not math.isfinite(scores[trial.name]):
+            _writes(session, trial, ())
+
+
 def _writes(session: Session, taken: Trial, changed: Sequence[int]) -> Writes:
     writes: Writes = []
     for index, site in enumerate(session.sites):
         if taken.reached(index):
+            taken.check_statistics(index)
             writes += of_norm(site, taken.values[index], session.batches)
     for index in changed:
         writes += of_layer(session.linear[index], taken.corrections[index])
+    for layer in taken.moved:
+        writes += layer.writes()
     return writes
 
 

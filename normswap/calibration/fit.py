@@ -28,8 +28,8 @@ RIDGE = 1e-6
 """In units of ``z``, whose variance is near 1."""
 DEAD = 1e-4
 """Below this variance of ``z`` its moments are noise."""
-CHUNK = 1 << 20
-"""Elements that are cast to float64 at once."""
+CHUNK = 1 << 17
+"""Elements that are cast to float64 at once: a MiB stays in the cache, with eight the sums take twice as long."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class Sums:
 def sums(layout: Layout, several: Sequence[Tensor], y: Tensor | None = None) -> list[Sums]:
     """The sums over one batch, for each of ``several`` z with the same ``y``.
 
-    All have the same shape, any floating dtype; without ``y`` its sums are zero."""
+    All have the same shape, any floating dtype; without ``y`` its sums are zero, and all are for a batch without
+    samples."""
     totals = [Sums.zero(layout.size, z.device) for z in several]
+    if not several[0].numel():
+        return totals
     last = layout.channels_last(several[0])
     rows = [layout.rows(z.detach(), last) for z in several]
     others = None if y is None else layout.rows(y.detach(), last)

@@ -1,22 +1,21 @@
 """Whether a calibration brought the model's output nearer the reference's.
 
-Every :data:`EVERY` th batch of a process is run again, at most as many as are in flight: by the reference, and by the
-model before and after the values are written. They are fitted too, so that the values do not depend on how the batches
-are shared by processes. With fewer batches in every process the outputs of the last pass over the data are compared,
-which were computed anyway."""
+The first batch of a process and every :data:`EVERY` th after it, at most as many as are in flight, are run again by the
+model once the values are written; the outputs of the reference, and of the model before, are kept from the pass over
+the data. These batches are fitted too, so that the values do not depend on how the batches are shared by processes.
+Of fewer than :data:`EVERY` batches all are run again, as many as are in flight; one would tell little. The outputs of
+the last pass over all of them, which were computed anyway, are compared first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from normswap.calibration import processes
+from normswap.calibration.agreement import Agreement
 from normswap.calibration.batches import run
 from normswap.calibration.run import Session
-from normswap.calibration.trial import Agreement
 from normswap.graph.observe import eval_mode
 
 EVERY = 8
@@ -28,42 +27,58 @@ class Fitting:
 
     batches: Iterable[Any]
     most: int
-    held: list[Any] = field(default_factory=list)
+    held: list[Any]
     """Those to be run again, of the first pass."""
+    kept: list[Any]
+    """What is kept of ``held``, in their order."""
+    begun: bool = False
 
     def __iter__(self) -> Iterator[Any]:
+        first, self.begun = not self.begun, True
         for index, batch in enumerate(self.batches):
-            turn, place = divmod(index, EVERY)
-            if place == EVERY - 1 and len(self.held) <= turn < self.most:
-                self.held.append(batch)
+            if first:
+                self._hold(index, batch)
             yield batch
+
+    def _hold(self, index: int, batch: Any) -> None:
+        if index < EVERY - 1:
+            wanted = index < self.most
+        else:
+            if index == EVERY - 1:
+                del self.held[1:], self.kept[1:]
+            wanted = index % EVERY == 0 and index // EVERY < self.most
+        if wanted:
+            self.held.append(batch)
 
 
 class Again:
-    """The reference's outputs for batches, and how near a model's are to them."""
+    """Batches that are run again, with the outputs that the reference gave, and the model before."""
 
     def __init__(self, session: Session, batches: list[Any]) -> None:
-        assert session.reference is not None
         self.session, self.batches = session, batches
         self.count = sum(processes.gathered(len(batches)))
         """Of the batches of all processes."""
-        self.originals = self._outputs(session.reference)
 
-    def score(self) -> float:
-        """R² of the model's outputs as it is now, over all processes."""
-        agreement = Agreement()
-        for output, original in zip(self._outputs(self.session.model), self.originals, strict=True):
-            agreement.add(output, original)
-        return agreement.score()
+    def before(self) -> float:
+        """R² of the outputs that the model gave as it was, over all processes."""
+        return _score(self.session.kept)
 
-    def _outputs(self, model: nn.Module) -> list[Any]:
-        """With several processes, one that fails makes all raise."""
+    def after(self) -> float:
+        """R² of those that it gives now."""
         error: Exception | None = None
-        found: list[Any] = []
+        outputs: list[tuple[Any, Any]] = []
         try:
-            with eval_mode(model):
-                found = [run(model, batch, self.session.forward) for batch in self.batches]
+            with eval_mode(self.session.model):
+                for batch, (original, _) in zip(self.batches, self.session.kept, strict=True):
+                    outputs.append((original, run(self.session.model, batch, self.session.forward)))
         except Exception as raised:
             error = raised
         processes.fail_together(error)
-        return found
+        return _score(outputs)
+
+
+def _score(outputs: Iterable[tuple[Any, Any]]) -> float:
+    agreement = Agreement()
+    for original, output in outputs:
+        agreement.add(output, original)
+    return agreement.score()

@@ -45,10 +45,12 @@ class Correction:
     def applied(self, x: Tensor, output: Tensor) -> Tensor:
         """The corrected output of the layer, of which ``x`` is the input."""
         output = output + self.layout.broadcast(self.bias, output)
-        if self.weight is None:
-            return output
-        added = x.movedim(self.layout.axis, -1).to(output.dtype) @ self.weight.to(output).T
-        return output + added.movedim(-1, self.layout.axis)
+        return output if self.weight is None else output + product(self.weight, x, self.layout.axis).to(output)
+
+
+def product(weight: Tensor, x: Tensor, axis: int) -> Tensor:
+    """``weight @ x``, ``(outputs, features)`` by features in the axis of the channels, in the dtype of ``x``."""
+    return (x.movedim(axis, -1) @ weight.to(x).T).movedim(-1, axis)
 
 
 @dataclass
@@ -133,7 +135,7 @@ def regressed(total: Gram, layout: Layout) -> Correction:
         return Correction(layout, total.r)
     mean_x, mean_r = total.x / rows, total.r / rows
     alone = Correction(layout, mean_r)
-    if not all(tensor.isfinite().all() for tensor in total.tensors):
+    if not all(tensor.sum().isfinite() for tensor in total.tensors):
         return alone
     unit = float(total.xx.diagonal().sum() / rows - mean_x.square().sum()) / len(mean_x)
     if samples <= PENALTY or not unit > SMALLEST * float(mean_x.square().mean()):

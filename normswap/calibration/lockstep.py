@@ -2,7 +2,9 @@
 
 A :class:`Pass` runs in a thread of its own and stops at every call of :meth:`Pass.meet` until it is resumed with an
 answer. Only one thread runs at a time, the caller's or that of one pass, so that everything happens in one order, given
-by the caller. Threads, not coroutines: what a ``forward`` sets for its thread (autocast, gradients) stays its own."""
+by the caller. Threads, not coroutines: what a ``forward`` sets for its thread (autocast, gradients) stays its own. What
+it finds set is the caller's: context variables, and the condition that layers were given. What it leaves in the model
+is its own too, see :mod:`normswap.calibration.overlay`."""
 
 from __future__ import annotations
 
@@ -10,9 +12,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
+from contextvars import copy_context
 from typing import Any
 
 import torch
+
+from normswap.calibration.overlay import Overlay
+from normswap.norms.condition import as_caller
 
 _local = threading.local()
 
@@ -27,10 +33,11 @@ def current() -> Pass | None:
 
 
 class Pass:
-    """One call of ``run``, which has not begun yet. ``name`` and ``batch`` are the caller's marks."""
+    """One call of ``run``, which has not begun yet. ``name`` and ``batch`` are the caller's marks; ``overlay`` is
+    of the model that it runs."""
 
-    def __init__(self, run: Callable[[], Any], name: str, batch: int) -> None:
-        self.name, self.batch = name, batch
+    def __init__(self, run: Callable[[], Any], name: str, batch: int, overlay: Overlay) -> None:
+        self.name, self.batch, self.overlay = name, batch, overlay
         self.calls: Counter[Hashable] = Counter()
         """How often each key was met."""
         self.waits: tuple[Hashable, int] | None = None
@@ -44,17 +51,23 @@ class Pass:
         self._abandoned = False
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._enter = _thread_state()
-        self._thread = threading.Thread(target=self._main, args=(run,), daemon=True)
+        with as_caller():
+            context = copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._main, run), daemon=True)
         self._started = False
 
     def resume(self, answer: Any = None) -> None:
         """Let it run until it meets the next key or ends; raises what it raised."""
         self._answer, self.waits, self.value = answer, None, None
-        if not self._started:
-            self._started = True
-            self._thread.start()
-        self._go.release()
-        self._back.acquire()
+        self.overlay.enter()
+        try:
+            if not self._started:
+                self._started = True
+                self._thread.start()
+            self._go.release()
+            self._back.acquire()
+        finally:
+            self.overlay.leave()
         if self.error is not None:
             error, self.error = self.error, None
             raise error
@@ -70,8 +83,11 @@ class Pass:
         """End it where it stands."""
         if self._started and not self.done:
             self._abandoned = True
+            self.overlay.enter()
             self._go.release()
-        if self._started:
+            self._thread.join()
+            self.overlay.leave()
+        elif self._started:
             self._thread.join()
 
     def _wait(self) -> None:

@@ -63,7 +63,9 @@ def recalibrate(
     for _ in range(passes):
         trial.next_pass()
         session.go_through(batches, [trial])
-    reached = [index for index in session.order if trial.totals["statistics", index].count > 0]
+    reached = list(session.order)
+    for index in reached:
+        trial.check_statistics(index)
     writes = [item for index in reached for item in of_norm(sites[index], trial.values[index], session.batches)]
     estimates = [_estimate(sites[i], trial.initial[i], trial.values[i]) for i in reached]
     write(writes)

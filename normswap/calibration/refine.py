@@ -1,14 +1,16 @@
-"""Distillation of the affines alone: what the closed form leaves, a few steps of gradient descent bring nearer.
+"""Distillation of the affines: what the closed form leaves, a few steps of gradient descent bring nearer.
 
 The weights and biases of the fitted norms, in at least float32 and outside of the model, are trained by Adam so that
 the model's output is like the reference's: mean squared difference of each floating output tensor, in units of its
 variance over the batch. Where the outputs cannot be compared there is nothing to learn from, and that is an error.
-No other parameter gets a gradient."""
+No other parameter gets a gradient, unless the weights of linear layers and 1 x 1 convolutions are to move too
+(:mod:`normswap.calibration.layers`): a norm of another kind loses what no affine brings back, and they can make up for
+more of it. They have many more numbers to learn, and so need more inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from normswap.calibration import processes
 from normswap.calibration.batches import floats, run
+from normswap.calibration.layers import Moved, stepping, zeros
 from normswap.calibration.run import Session
 from normswap.calibration.taps import tapped
 from normswap.calibration.trial import Trial
+from normswap.calibration.write import written
 from normswap.errors import NormswapError
 from normswap.graph.observe import eval_mode
 
@@ -29,10 +33,12 @@ RATE = 0.1
 normalized values and outputs are of order one."""
 
 
-def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int) -> Trial:
-    """The trial after ``steps`` steps from ``start``, one batch of each process a step, measured on all batches."""
-    masters = _masters(start)
-    optimizer = torch.optim.Adam([tensor for pair in masters for tensor in pair], _rate(start.agreement.score()))
+def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int, layers: Sequence[Moved] = ()) -> Trial:
+    """The trial after ``steps`` steps from ``start``, one batch of each process a step, measured on all batches.
+    ``layers`` get another weight too."""
+    masters, moves = _masters(start), zeros(layers)
+    leaves = [*(tensor for pair in masters for tensor in pair), *moves]
+    optimizer = torch.optim.Adam(leaves, _rate(start.agreement.score()))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     assert session.reference is not None
     with ExitStack() as stack:
@@ -47,10 +53,11 @@ def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int) 
                 start.corrected,
             )
         )
+        stack.enter_context(stepping(layers, moves))
         data = _forever(batches)
         for _ in range(steps):
-            gradients = _step(session, next(data), masters)
-            for tensor, gradient in zip((t for pair in masters for t in pair), gradients, strict=True):
+            gradients = _step(session, next(data), leaves)
+            for tensor, gradient in zip(leaves, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()
             schedule.step()
@@ -59,7 +66,9 @@ def refined(session: Session, start: Trial, batches: Iterable[Any], steps: int) 
         for old, (weight, bias) in zip(start.values, masters, strict=True)
     ]
     trial = Trial("refined", None, session.sites, session.linear, values, start.corrections, refits=True)
-    session.go_through(batches, [trial])
+    trial.moved = [each for each in map(Moved.by, layers, moves) if each.changes]
+    with written([pair for each in trial.moved for pair in each.writes()]):
+        session.go_through(batches, [trial])
     return trial
 
 
@@ -89,8 +98,8 @@ def _forever(batches: Iterable[Any]) -> Iterator[Any]:
             raise NormswapError("batches is empty: refine needs at least one in every process")
 
 
-def _step(session: Session, batch: Any, masters: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
-    """Gradients of all masters, averaged over processes; ``None`` for one that is fixed."""
+def _step(session: Session, batch: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of all leaves, averaged over processes; ``None`` for one that is fixed."""
     assert session.reference is not None
     with torch.no_grad():
         originals = floats(run(session.reference, batch, session.forward))
@@ -106,7 +115,6 @@ def _step(session: Session, batch: Any, masters: list[tuple[Tensor, Tensor]]) ->
                 "refine compares the outputs of the two models, which have no floating tensors to compare"
             )
         loss = torch.stack(losses).mean()
-    leaves = [tensor for pair in masters for tensor in pair]
     trained = [tensor for tensor in leaves if tensor.requires_grad]
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     pairs = zip(trained, found, strict=True)

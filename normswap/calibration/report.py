@@ -64,12 +64,13 @@ class Check:
     before: float
     after: float
     batches: int
-    """The number of batches run again that it was measured on; 0: on all, as they were fitted."""
+    """The number of batches run again that it was measured on; 0: on those of the scores, as they were fitted, which
+    was worse already or is all that could be measured."""
 
     @property
     def put_back(self) -> bool:
-        """Whether it was worse, so that the model is as it was. What cannot be measured is not worse."""
-        return not math.isnan(self.before) and not self.after >= self.before - ROUNDING
+        """Whether it was worse, or could not be measured, so that the model is as it was."""
+        return not self.after >= self.before - ROUNDING
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {"r2_before": _number(self.before), "r2_after": _number(self.after)}
@@ -78,6 +79,8 @@ class Check:
     def __str__(self) -> str:
         where = f"on {self.batches} batches run again" if self.batches else "on the batches that were fitted"
         told = f"check {where}: R² of the model's output {_text(self.before)} before, {_text(self.after)} after"
+        if math.isnan(self.before):
+            return f"{told}; no output varies, so that nothing can be measured: the model is as it was"
         return f"{told}; {self.fit} made it worse: the model is put back as it was" if self.put_back else told
 
 
@@ -91,7 +94,8 @@ class Calibration:
     """What was taken: ``"moments"``, ``"least_squares"``, ``"refined"``, or ``"unchanged"`` where nothing did better
     than the affines as they were."""
     scores: dict[str, float]
-    """Of each way that was tried: R² of the model's output with respect to the reference's."""
+    """Of each way that was tried: R² of the model's output with respect to the reference's, on the batches of the last
+    pass since heads were fitted while it went on (of the first, fourth, sixteenth ... window of those in flight)."""
     batches: int
     biases: tuple[str, ...] = ()
     """Layers whose bias took up a shift of the mean."""
@@ -99,6 +103,8 @@ class Calibration:
     """Layers behind the last fitted norm whose weight and bias were fitted."""
     check: Check | None = None
     """Whether the output came nearer; ``None`` where nothing was to be written, or with ``check=False``."""
+    layers: tuple[str, ...] = ()
+    """Layers whose weight the distillation moved."""
 
     @property
     def worst(self) -> tuple[SiteFit, ...]:
@@ -114,6 +120,7 @@ class Calibration:
             "skips": [{"name": left.name, "reason": left.reason} for left in self.skips],
             "biases": list(self.biases),
             "heads": list(self.heads),
+            "layers": list(self.layers),
             "check": None if self.check is None else self.check.to_dict(),
             "worst": [site.name for site in self.worst],
         }
@@ -128,6 +135,8 @@ class Calibration:
             lines.append(f"bias corrected: {', '.join(self.biases)}")
         if self.heads:
             lines.append(f"refitted: {', '.join(self.heads)}")
+        if self.layers:
+            lines.append(f"weight moved by distillation: {', '.join(self.layers)}")
         if self.sites:
             head = ("name", "was", "is", "R² before", "after", "advice")
             rows = (

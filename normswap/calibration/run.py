@@ -6,7 +6,7 @@ once, and what comes behind a site sees it as it will be."""
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,15 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from normswap.calibration import processes
+from normswap.calibration.agreement import Agreement
 from normswap.calibration.batches import Forward, run, windows
 from normswap.calibration.fit import Sums, Values, sums
 from normswap.calibration.heads import Correction
 from normswap.calibration.lockstep import Pass, current
+from normswap.calibration.overlay import Base, Overlay
 from normswap.calibration.sites import LinearSite, NormSite
 from normswap.calibration.taps import tapped, watched
 from normswap.calibration.trial import Trial
 from normswap.errors import NormswapError
 from normswap.graph.observe import eval_mode
+from normswap.graph.trace import Reads
 
 Waits = tuple[Hashable, int]
 
@@ -51,8 +54,14 @@ class Session:
         """The number of batches of all processes in the last pass over the data."""
         self.biases = biases
         self.refit_heads = refit_heads
+        self.keep: list[Any] = []
+        """Batches, some of those to come, of which the outputs are kept."""
+        self.kept: list[tuple[Any, Any]] = []
+        """Of each of ``keep`` the output of the reference, and that of the first trial."""
         self.heads: frozenset[int] | None = None
         """Indexes of the layers behind all fitted norms, once they are known."""
+        self.read_elsewhere: frozenset[int] = frozenset()
+        """Indexes of the layers that stay as they are, for what reads their tensors too would change."""
 
     def go_through(self, batches: Iterable[Any], trials: Sequence[Trial]) -> None:
         """One pass over the data. Raises :class:`NormswapError` for data without a batch; what a ``forward`` raises
@@ -78,25 +87,39 @@ class Session:
             raise NormswapError("batches is empty: calibration needs at least one")
 
     def _find_heads(self, window: Sequence[Any]) -> None:
-        """Run the reference once to see which layers run once and behind all fitted norms. In all processes the
-        same."""
+        """Run the reference once to see which layers run once and behind all fitted norms, and which have tensors that
+        code other than their own reads. In all processes the same."""
         if self.heads is not None:
             return
-        here: list[int] | None = None
-        if self.refit_heads and window and self.reference is not None:
+        here: tuple[list[int], list[int]] | None = None
+        if self.linear and window and self.reference is not None:
             ran: list[tuple[str, int]] = []
             seen = watched(self.sites, self.linear, lambda kind, index, value: ran.append((kind, index)))
-            with seen, contextlib.suppress(Exception):  # it comes again in the pass, where all processes hear of it
-                run(self.reference, window[0], self.forward)
+            reads = Reads()
+            try:
+                with seen, reads:
+                    run(self.reference, window[0], self.forward)
+            except Exception:  # it comes again in the pass, where all processes hear of it
+                ran.clear()
+            calls = Counter(index for kind, index in ran if kind == "linear")
+            read = [
+                index
+                for index, layer in enumerate(self.linear)
+                if any(reads.found[id(tensor)] > calls[index] for tensor in layer.originals)
+            ]
             last = max((place for place, (kind, _) in enumerate(ran) if kind == "norm"), default=len(ran))
-            behind = [index for _, index in ran[last + 1 :] if ran.count(("linear", index)) == 1]
-            here = [index for index in behind if self.linear[index].weight is not None]
+            behind = [index for _, index in ran[last + 1 :] if calls[index] == 1 and index not in read]
+            here = [index for index in behind if self.linear[index].weight is not None], read
         told = [found for found in processes.gathered(here) if found is not None]
-        self.heads = frozenset(told[0] if told else ())
+        heads, read = told[0] if told else ([], [])
+        self.heads = frozenset(heads if self.refit_heads else ())
+        self.read_elsewhere = frozenset(read)
 
     def _window(self, batches: Sequence[Any], trials: Sequence[Trial]) -> None:
-        originals = self._passes(self.reference, "reference", batches)
-        tried = {trial.name: self._passes(self.model, trial.name, batches) for trial in trials}
+        own = [tensor for site in self.sites for tensor in site.norm.tensors.values()]
+        base = Base(self.model, own)
+        originals = [] if self.reference is None else self._passes(Base(self.reference), "reference", batches)
+        tried = {trial.name: self._passes(base, trial.name, batches) for trial in trials}
         passes = [one for each in tried.values() for one in each]
         kept: dict[tuple[int, Waits], Tensor] = {}
         try:
@@ -108,15 +131,18 @@ class Session:
             for one in (*passes, *originals):
                 one.abandon()
         for trial in trials:
+            if self.heads and trial.fits_heads_now:
+                trial.agreement = Agreement()  # what it gave with heads of fewer inputs says little
             trial.window += 1
             for one, original in zip(tried[trial.name], originals, strict=bool(originals)):
                 trial.agreement.add(one.result, original.result)
+        for batch, one, original in zip(batches, tried[trials[0].name], originals, strict=bool(originals)):
+            if any(batch is each for each in self.keep[len(self.kept) :]):
+                self.kept.append((original.result, one.result))
 
-    def _passes(self, model: nn.Module | None, name: str, batches: Sequence[Any]) -> list[Pass]:
-        if model is None:
-            return []
+    def _passes(self, base: Base, name: str, batches: Sequence[Any]) -> list[Pass]:
         return [
-            Pass(lambda batch=batch: run(model, batch, self.forward), name, index)  # type: ignore[misc]
+            Pass(lambda batch=batch: run(base.model, batch, self.forward), name, index, Overlay(base))  # type: ignore[misc]
             for index, batch in enumerate(batches)
         ]
 
@@ -134,7 +160,7 @@ class Session:
             self.order[index] = None
         here = {name: [one for one in each if one.waits == waits] for name, each in tried.items()}
         head = kind == "linear" and index in (self.heads or ())
-        if head or kind != "linear" or self.biases:
+        if head or kind != "linear" or (self.biases and index not in self.read_elsewhere):
             present = sorted({one.batch for each in here.values() for one in each})
             theirs = {
                 batch: None if kind == "statistics" else _original(originals[batch], waits, kept) for batch in present

@@ -93,6 +93,12 @@ class LinearSite:
     weight: Tensor | None = None
     """Where it can be fitted: that of a layer that sees one position at a time."""
 
+    @property
+    def originals(self) -> list[Tensor]:
+        """Weight and bias of the reference's layer, those that are stored."""
+        stored = self.original._parameters
+        return [tensor for name in ("weight", "bias") if (tensor := stored.get(name)) is not None]
+
 
 def device_of(norm: Norm) -> torch.device:
     return next((tensor.device for tensor in norm.tensors.values()), torch.device("cpu"))
@@ -180,35 +186,61 @@ _LINEAR = {
 }
 
 
+@dataclass
+class PlainLayer:
+    """A linear layer or convolution of the model that computes what its class does."""
+
+    name: str
+    module: Any
+    others: set[int]
+    """``id`` of the tensors that other modules hold too, or the reference."""
+
+    @property
+    def axis(self) -> int:
+        """That of the channels in the output."""
+        return 1 if isinstance(self.module, _ConvNd) else -1
+
+    def owns(self, name: str) -> bool:
+        """Whether it has a parameter of its own of this name."""
+        tensor = self.module._parameters.get(name)
+        return tensor is not None and id(tensor) not in self.others
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is ``weight @ x + bias`` at each position."""
+        module = self.module
+        if not isinstance(module, _ConvNd):
+            return True
+        if module.transposed or module.groups > 1:
+            return False
+        return set(module.kernel_size) == {1} and set(module.stride) == {1} and set(module.padding) == {0}
+
+
+def plain_layers(model: nn.Module, original: nn.Module) -> Iterator[PlainLayer]:
+    """The linear layers and convolutions, in the order of the modules; not those whose weight is computed."""
+    held = {parameter.data_ptr() for parameter in original.parameters()}
+    users = parameter_users(model)
+    others = {id(each) for each in model.parameters() if users[id(each)] > 1 or each.data_ptr() in held}
+    for name, module in model.named_modules():
+        plain = getattr(type(module), "forward", None) in _LINEAR and "forward" not in vars(module)
+        if plain and not is_parametrized(module):
+            yield PlainLayer(name, module, others)
+
+
 def linear_sites(model: nn.Module, original: nn.Module) -> list[LinearSite]:
     """The linear layers with a bias of their own that both models have; those behind no fitted norm stay as they
     are, and those whose bias is the reference's own too."""
     theirs = dict(original.named_modules())
-    held = {parameter.data_ptr() for parameter in original.parameters()}
-    users = parameter_users(model)
     found = []
-    for name, module in model.named_modules():
-        there: Any = theirs.get(name)
-        bias: Any = module._parameters.get("bias")
-        plain = getattr(type(module), "forward", None) in _LINEAR and "forward" not in vars(module)
-        if not plain or bias is None or there is None or getattr(there, "bias", None) is None:
+    for layer in plain_layers(model, original):
+        there: Any = theirs.get(layer.name)
+        if not layer.owns("bias") or there is None or getattr(there, "bias", None) is None:
             continue
-        if is_parametrized(module) or users[id(bias)] > 1 or bias.data_ptr() in held:
-            continue
-        axis = 1 if isinstance(module, _ConvNd) else -1
-        weight: Any = module._parameters.get("weight")
-        fits = weight is not None and users[id(weight)] == 1 and weight.data_ptr() not in held and _pointwise(module)
-        found.append(LinearSite(name, module, there, bias, Layout(axis, (bias.shape[0],)), weight if fits else None))
+        bias, weight = layer.module.bias, layer.module.weight
+        fits = layer.owns("weight") and layer.pointwise and weight.shape[1] <= LARGEST
+        layout = Layout(layer.axis, (bias.shape[0],))
+        found.append(LinearSite(layer.name, layer.module, there, bias, layout, weight if fits else None))
     return found
-
-
-def _pointwise(module: nn.Module) -> bool:
-    """Whether a linear layer is ``weight @ x + bias`` at each position, of not too many features."""
-    if isinstance(module, nn.Linear):
-        return module.in_features <= LARGEST
-    if not isinstance(module, _ConvNd) or module.transposed or module.groups > 1 or module.in_channels > LARGEST:
-        return False
-    return set(module.kernel_size) == {1} and set(module.stride) == {1} and set(module.padding) == {0}
 
 
 @contextmanager

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from normswap.calibration import processes
-from normswap.calibration.batches import floats
+from normswap.calibration.agreement import Agreement
 from normswap.calibration.fit import Layout, Method, Sums, Values, explained, fitted
 from normswap.calibration.heads import Correction, Gram, regressed
+from normswap.calibration.layers import Moved
 from normswap.calibration.sites import LinearSite, NormSite
+from normswap.errors import NormswapError
 
 Kind = str
 """``"statistics"`` (a norm's input), ``"norm"`` (its normalized value) or ``"linear"`` (a layer's output)."""
 
 Part = tuple[int, int]
 """A window and the number of the call in it."""
-
-
-@dataclass
-class Agreement:
-    """Of a model's outputs with the reference's, tensor by tensor: count, sum of squared differences, sum and sum of
-    squares of the reference's values."""
-
-    tensors: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, output: object, original: object) -> None:
-        for index, (a, b) in enumerate(zip(floats(output), floats(original), strict=False)):
-            if a.shape == b.shape and a.numel():
-                a, b = a.detach().double(), b.detach().to(a.device).double()
-                values = [torch.tensor(float(b.numel())), *(v.sum().cpu() for v in ((a - b).square(), b, b * b))]
-                found = torch.stack([value.double() for value in values])
-                self.tensors[index] = self.tensors.get(index, torch.zeros(4, dtype=torch.float64)) + found
-
-    def score(self) -> float:
-        """The share of the variance of the reference's outputs that is explained, over all processes, averaged over
-        tensors; ``nan`` where there is nothing to compare."""
-        everywhere = processes.gathered(self.tensors)
-        shares = []
-        for index in sorted({index for part in everywhere for index in part}):
-            count, error, first, second = torch.stack([part[index] for part in everywhere if index in part]).sum(0)
-            spread = float(second - first * first / count)
-            if spread > 0:
-                shares.append(1 - float(error) / spread)
-        return sum(shares) / len(shares) if shares else float("nan")
 
 
 class Trial:
@@ -73,6 +47,8 @@ class Trial:
             ]
         self.corrections = list(corrections)
         self.refits = refits or method is not None
+        self.moved: Sequence[Moved] = ()
+        """Layers that get another weight."""
         self.agreement = Agreement()
         self.window = 0
         """The number of batches gone through in this pass, in windows."""
@@ -109,6 +85,12 @@ class Trial:
         if self.method is not None and total.count > 0:
             self._fit(kind, index, total)
 
+    @property
+    def fits_heads_now(self) -> bool:
+        """Whether this window is the first, fourth, sixteenth ..."""
+        windows = self.window + 1
+        return windows & (windows - 1) == 0 and windows.bit_length() % 2 == 1
+
     def solve_head(self, index: int, met: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take up input, output and original output of the batches at a head. Heads are fitted anew in the first,
         fourth, sixteenth ... window and at the end, for it takes time. All processes call it in step."""
@@ -120,8 +102,7 @@ class Trial:
         for each in met:
             self.grams[index].add(layer.layout, *each)
         self._due.add(index)
-        windows = self.window + 1
-        if windows & (windows - 1) == 0 and windows.bit_length() % 2:
+        if self.fits_heads_now:
             self._regress(index)
 
     def finish(self) -> None:
@@ -157,6 +138,8 @@ class Trial:
             return
         site, values = self.sites[index], self.values[index]
         if kind == "statistics":
+            if total.count < 2:  # no variance yet
+                return
             unbiased = total.variances[0] * (total.count / (total.count - 1).clamp(min=1))
             self.values[index] = replace(values, mean=total.means[0], var=unbiased)
         else:
@@ -170,6 +153,16 @@ class Trial:
     def reached(self, index: int) -> bool:
         total = self.totals.get(("norm", index))
         return total is not None and bool(total.count > 0)
+
+    def check_statistics(self, index: int) -> None:
+        """Raise :class:`NormswapError` where there are too few values for running statistics."""
+        total = self.totals.get(("statistics", index))
+        if total is not None and total.count < 2:
+            seen = "one value" if total.count else "no value"
+            raise NormswapError(
+                f"{self.sites[index].name or 'the model'}: the batches have {seen} of each channel, and a "
+                "variance needs two: pass more samples"
+            )
 
     def r2(self, index: int) -> float:
         """Of the original's output, by the values as they are now."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -29,21 +30,22 @@ def of_norm(site: NormSite, values: Values, batches: int) -> Writes:
             writes.append((norm.num_batches_tracked, torch.full_like(norm.num_batches_tracked, batches)))
     for tensor, value in pairs:
         if tensor is not None and value is not None:
-            writes.append((tensor, _cast(site.name, tensor, value)))
+            writes.append((tensor, cast(site.name, tensor, value)))
     return writes
 
 
 def of_layer(layer: LinearSite, correction: Correction) -> Writes:
     """The layer's bias, and its weight if that is fitted, and what they get."""
-    writes = [(layer.bias, _cast(layer.name, layer.bias, layer.bias.detach().double() + correction.bias))]
+    writes = [(layer.bias, cast(layer.name, layer.bias, layer.bias.detach().double() + correction.bias))]
     if correction.weight is not None:
         assert layer.weight is not None
         weight = layer.weight.detach().double() + correction.weight.reshape(layer.weight.shape)
-        writes.append((layer.weight, _cast(layer.name, layer.weight, weight)))
+        writes.append((layer.weight, cast(layer.name, layer.weight, weight)))
     return writes
 
 
-def _cast(name: str, tensor: Tensor, value: Tensor) -> Tensor:
+def cast(name: str, tensor: Tensor, value: Tensor) -> Tensor:
+    """``value`` as ``tensor`` holds it. Raises :class:`NormswapError` where it is not finite then."""
     cast = value.detach().reshape(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
     if not cast.isfinite().all():
         raise NormswapError(
@@ -51,6 +53,17 @@ def _cast(name: str, tensor: Tensor, value: Tensor) -> Tensor:
             "is the output of the reference?"
         )
     return cast
+
+
+@contextmanager
+def written(writes: Writes) -> Iterator[None]:
+    """Within it the tensors have these values."""
+    saved = [(tensor, tensor.detach().clone()) for tensor, _ in writes]
+    try:
+        write(writes)
+        yield
+    finally:
+        write(saved)
 
 
 @torch.no_grad()

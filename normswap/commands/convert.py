@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial as partial_of
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from normswap import registry, surgery
 from normswap.arguments import parse_inputs, parse_pairs, parse_value
-from normswap.calibration import calibrate
+from normswap.calibration import calibrate, check_batches
 from normswap.checkpoints.writing import parse_size
 from normswap.commands.parameters import (
     AsJson,
@@ -49,7 +50,7 @@ from normswap.commands.shared import (
     surgery_of,
 )
 from normswap.console import say, working
-from normswap.data import check_takes, load_batches, parse_preparation
+from normswap.data import Counted, check_takes, load_batches, parse_preparation
 from normswap.errors import NormswapError
 from normswap.images import ImageFolder
 from normswap.outcome import Check, carry_out, carry_out_file, check_kinds
@@ -82,6 +83,9 @@ def convert(
     image_mean: ImageMean = None,
     image_std: ImageStd = None,
     refine: Annotated[int, typer.Option("--refine", help="Steps of distillation after the calibration.")] = 0,
+    refine_layers: Annotated[
+        bool, typer.Option("--refine-layers", help="Distil the weights of linear layers and 1 x 1 convolutions too.")
+    ] = False,
     init: Annotated[
         Literal["copy", "preserve", "reset"],
         typer.Option("--init", help="Carry affine and statistics over, keep the function, or start afresh."),
@@ -117,6 +121,8 @@ def convert(
     registry.check_options(to, options)
     if refine and data is None:
         raise NormswapError("--refine needs inputs: pass --data FILE")
+    if refine_layers and not refine:
+        raise NormswapError("--refine-layers is for a distillation: pass --refine STEPS")
     preparation = parse_preparation(image_size, image_resize, image_mean, image_std)
     if preparation is not None and data is None:
         raise NormswapError("--image-size and the like are for the images of --data: pass --data FOLDER")
@@ -156,19 +162,24 @@ def convert(
     batches = None if data is None else load_batches(data, batch_size, preparation)
     if isinstance(batches, ImageFolder):
         say(f"calibrating on {batches}")
+    counted = None
     if data is not None and batches is not None:
-        check_takes(source.model, batches, data)
-    with working("planning"):
+        again = "--groups auto" if options.get("groups") == "auto" else "--refine" if refine else None
+        check_batches(batches, again and f"{again} goes over them again")
+        counted = Counted(check_takes(source.model, batches, data), data)
+    measured = counted if options.get("groups") == "auto" else None
+    with working("planning"), nullcontext() if measured is None else measured.one_by_one():
         plan = surgery.plan_convert(
             source.model,
             to,
             example_inputs=example,
             init=init,
-            calibration=batches if options.get("groups") == "auto" else None,
+            calibration=measured,
             **selectors(where, skip, kind),
             **options,
         )
     check_kinds(plan, kind)
-    fitted = None if batches is None else partial_of(calibrate, batches=batches, refine=refine)
+    distilling = partial_of(calibrate, refine=refine, refine_layers=refine_layers)
+    fitted = None if counted is None else partial_of(distilling, batches=counted, forward=counted.run)
     check = Check(verify, example, report_to)
     carry_out(plan, source, output, check, fitted, dry_run=dry_run, as_json=as_json, force=force, shard_size=size)

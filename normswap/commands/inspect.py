@@ -24,7 +24,7 @@ from normswap.commands.parameters import (
 )
 from normswap.commands.shared import is_graph, load, need_model, refuse_with_graph
 from normswap.console import CHECK_FAILED, say, show, working
-from normswap.data import load_batches
+from normswap.data import Counted, load_batches
 from normswap.errors import NormswapError
 from normswap.health import Health, examine
 from normswap.health.files import examine_keys, examine_onnx, examine_program
@@ -82,7 +82,7 @@ def inspect(
             model, model_arg, checkpoint, key=key, partial=partial, replay=replay, trust_pickle=trust_pickle,
             sound=False,
         )  # fmt: skip
-        batches = None if data is None else load_batches(data, batch_size)
+        batches = None if data is None else Counted(load_batches(data, batch_size), data)
         with working("examining the normalizations"):
             example = parse_inputs(inputs or (), source.model)
             health = examine(source.model, example, batches, loss=_loss(loss))

@@ -10,7 +10,7 @@ import builtins
 import inspect
 import operator
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -352,7 +352,7 @@ def trace(
     with torch.enable_grad(), warnings.catch_warnings(), unmarked(module) as effects, quiet_checks(module):
         warnings.simplefilter("ignore")
         tracer = RegionTracer(leaf, given=given, tensors=tensors)
-        with _tensors_for(type(module).forward), _Reads() as reads:
+        with _tensors_for(type(module).forward), Reads() as reads:
             graph = tracer.trace(module)
         kept = frozenset(_kept(module))
     if tracer.switches_modes:
@@ -381,12 +381,12 @@ def values_read(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
                 yield item
 
 
-class _Reads(TorchFunctionMode):
-    """Notes the tensors that functions read."""
+class Reads(TorchFunctionMode):
+    """Notes the tensors that functions read, by ``id``, and how often."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[int] = set()
+        self.found: Counter[int] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found.update(id(tensor) for tensor in values_read(func, args, kwargs or {}))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from normswap.calibration.batches import Forward, run
 from normswap.calibration.taps import first_tensor
@@ -117,6 +118,8 @@ class Watch:
     def take(self, x: Tensor) -> None:
         """An input of the norm."""
         self.calls += 1
+        if not x.numel():
+            return
         self.shapes.append(tuple(x.shape))
         x = _exact(x)
         self._whole(self.input, x)
@@ -137,7 +140,7 @@ class Watch:
         y = _exact(y)
         self.finite = self.finite and bool(y.isfinite().all())
         self._whole(self.output, y)
-        if self.flat is None or y.dim() < 2:
+        if self.flat is None or y.dim() < 2 or not y.numel():
             return
         low, high = self.flat
         first = y if self.norm.channel_axis == 1 else y.movedim(-1, 1)
@@ -219,8 +222,9 @@ def measure(
     batches: Iterable[Any],
     forward: Forward | None,
 ) -> tuple[dict[str, Measured], dict[str, str], list[Any], int]:
-    """What every norm module showed, by name in the order they ran; why others showed nothing; the first batch, if
-    there is one; and the number of batches. Raises :class:`NormswapError` when the model does not run on a batch."""
+    """What every norm module showed, by name in the order they ran; why others showed nothing; the first batch that has
+    samples, if there is one; and the number of batches. Raises :class:`NormswapError` when the model does not run on a
+    batch."""
     watches: dict[str, Watch] = {}
     left: dict[str, str] = {}
     first: list[Any] = []
@@ -235,7 +239,8 @@ def measure(
                 stack.callback(handle.remove)
         stack.enter_context(eval_mode(model))
         for batch in batches:
-            first = first or [batch]
+            if not first and all(leaf.numel() for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor)):
+                first = [batch]
             try:
                 run(model, batch, forward)
             except NormswapError:

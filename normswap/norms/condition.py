@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +25,24 @@ from normswap.errors import NormswapError
 
 Need = Literal["style", "label", "domain"]
 _lock = threading.Lock()
+_caller: ContextVar[int | None] = ContextVar("caller", default=None)
+"""The thread for which this one works, in a context that was copied there."""
+
+
+@contextmanager
+def as_caller() -> Iterator[None]:
+    """A context that is copied inside speaks for this thread: what runs in it elsewhere has the conditions given here.
+    For a caller that waits while it runs."""
+    token = _caller.set(_thread())
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def _thread() -> int:
+    caller = _caller.get()
+    return threading.get_ident() if caller is None else caller
 
 
 class Given:
@@ -61,7 +80,7 @@ class NeedsCondition(nn.Module):
                 f"{type(self).__name__} needs a {self.needs} and was given none: run the model inside "
                 f"`with normswap.norms.condition.condition(model, {self.needs}=...)`"
             )
-        if not torch.compiler.is_compiling() and given.thread != threading.get_ident() and not _in_backward():
+        if not torch.compiler.is_compiling() and given.thread != _thread() and not _in_backward():
             raise NormswapError(
                 f"another thread gave {type(self).__name__} its {self.needs}: give each thread a copy of the model"
             )
@@ -134,7 +153,7 @@ def condition(model: nn.Module, *, style: Any = None, label: Any = None, domain:
 
 def _chosen(model: nn.Module, values: Mapping[str, Any]) -> list[tuple[NeedsCondition, Given]]:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, NeedsCondition)]
-    thread = None if torch.compiler.is_compiling() else threading.get_ident()
+    thread = None if torch.compiler.is_compiling() else _thread()
     found = []
     for need, value in values.items():
         named = {name: layer for name, layer in layers if layer.needs == need}
