@@ -8,7 +8,11 @@ With the moments of the batch, :math:`\sigma_B = \sqrt{v_B + \varepsilon}`, and 
 
 where ``r`` and ``d`` are constants to the gradient. :math:`r_{max}` and :math:`d_{max}` grow linearly from 1 and 0 with
 the number of batches seen. :math:`\sigma` itself is averaged, not its square; the buffer ``running_var`` holds
-:math:`\sigma^2 - \varepsilon`, so that the state is a batch norm's. Eval mode is that of batch normalization."""
+:math:`\sigma^2 - \varepsilon`, so that the state is a batch norm's. Eval mode is that of batch normalization.
+
+Under activation checkpointing the forward pass runs twice, the second time with running statistics that the first has
+moved: ``r`` and ``d``, and with them the gradient, are then those of the next step (and as in every batch norm the
+statistics move twice). Keep these layers out of checkpointed parts."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Diagnosis:
         if not wrong:
             return
         if place is None:
-            self.notes.append(f"{runner.name}: every value inside is right; the outputs are put together otherwise")
+            self.notes.append(f"{runner.name}: every value that modules and runs show is right; the outputs are put together otherwise")
             return
         around = search.around(place.position)
         self.locations.append(Location(runner.name, place.name, place.kind, cause, name, place.detail, around))
@@ -97,7 +97,7 @@ class Diagnosis:
         if not wrong:
             return
         if place is None:
-            self.notes.append(f"{runner.name}: every value inside is right; the outputs are put together otherwise")
+            self.notes.append(f"{runner.name}: every value that modules and runs show is right; the outputs are put together otherwise")
             return
         cause: Cause = "model" if module is None else "exporter"
         if not place.detail and graph.computes(place.position) is False:
