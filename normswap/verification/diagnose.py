@@ -24,6 +24,9 @@ from normswap.verification.runners import EagerRunner, OnnxRunner, Runner
 from normswap.verification.tracing import trace
 
 
+INSIDE = "every value that can be seen inside is right; the outputs are put together otherwise"
+
+
 @dataclass
 class Diagnosis:
     """Locations and profiles of the runs of one candidate."""
@@ -78,7 +81,7 @@ class Diagnosis:
         if not wrong:
             return
         if place is None:
-            self.notes.append(f"{runner.name}: every value that modules and runs show is right; the outputs are put together otherwise")
+            self.notes.append(f"{runner.name}: {INSIDE}")
             return
         around = search.around(place.position)
         self.locations.append(Location(runner.name, place.name, place.kind, cause, name, place.detail, around))
@@ -97,7 +100,7 @@ class Diagnosis:
         if not wrong:
             return
         if place is None:
-            self.notes.append(f"{runner.name}: every value that modules and runs show is right; the outputs are put together otherwise")
+            self.notes.append(f"{runner.name}: {INSIDE}")
             return
         cause: Cause = "model" if module is None else "exporter"
         if not place.detail and graph.computes(place.position) is False:
