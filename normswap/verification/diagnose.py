@@ -23,7 +23,6 @@ from normswap.verification.result import Cause, Layer, Location, Profile
 from normswap.verification.runners import EagerRunner, OnnxRunner, Runner
 from normswap.verification.tracing import trace
 
-
 INSIDE = "every value that can be seen inside is right; the outputs are put together otherwise"
 
 
