@@ -163,3 +163,24 @@ def test_the_written_model_is_run_again() -> None:
     assert report.check.put_back
     assert report.check.after < report.check.before < max(report.scores.values())
     assert before.differences(model) == []
+
+
+class Masked(Network):
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.fill = fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.arange(16) % 2 == 0, self.fill)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, -1e9])
+def test_masked_outputs_are_distilled(fill: float) -> None:
+    """As without the mask."""
+    original, model = converted(Masked(fill))
+    closed = calibrate(convert(original, "group", groups=4), original, BATCHES, refit_heads=False)
+    refined = calibrate(model, original, BATCHES, refit_heads=False, refine=30)
+    assert refined.fit == "refined"
+    assert refined.check is not None
+    assert closed.check is not None
+    assert refined.check.after > closed.check.after

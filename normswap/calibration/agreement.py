@@ -124,6 +124,12 @@ class Agreement:
         return sum(shares) / len(shares) if shares else math.nan
 
 
+def telling(original: Tensor) -> Tensor:
+    """Where the reference has a value that tells something: finite, and no mask."""
+    fill = _fill(original)
+    return ~_empty(original) if fill is None else ~(_empty(original) | (original == fill))
+
+
 def _joined(parts: Iterable[Columns]) -> Columns:
     first, *rest = parts
     return sum(rest, start=first)

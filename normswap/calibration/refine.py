@@ -2,7 +2,8 @@
 
 The weights and biases of the fitted norms, in at least float32 and outside of the model, are trained by Adam so that
 the model's output is like the reference's: mean squared difference of each floating output tensor, in units of its
-variance over the batch. Where the outputs cannot be compared there is nothing to learn from, and that is an error.
+variance over the batch, without masked positions. Where the outputs cannot be compared there is nothing to learn from,
+and that is an error.
 No other parameter gets a gradient, unless the weights of linear layers and 1 x 1 convolutions are to move too
 (:mod:`normswap.calibration.layers`): a norm of another kind loses what no affine brings back, and they can make up for
 more of it. They have many more numbers to learn, and so need more inputs."""
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from normswap.calibration import processes
+from normswap.calibration.agreement import telling
 from normswap.calibration.batches import floats, run
 from normswap.calibration.layers import Moved, stepping, zeros
 from normswap.calibration.run import Session
@@ -98,6 +100,12 @@ def _forever(batches: Iterable[Any]) -> Iterator[Any]:
             raise NormswapError("batches is empty: refine needs at least one in every process")
 
 
+def _loss(output: Tensor, original: Tensor) -> Tensor:
+    kept = telling(original)
+    error = (output.double() - original).where(kept, 0).square().sum() / kept.sum().clamp(min=1)
+    return error / original[kept].double().var(correction=0).nan_to_num(nan=1.0).clamp(min=1e-12)
+
+
 def _step(session: Session, batch: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of all leaves, averaged over processes; ``None`` for one that is fixed."""
     assert session.reference is not None
@@ -106,7 +114,7 @@ def _step(session: Session, batch: Any, leaves: Sequence[Tensor]) -> list[Tensor
     with torch.enable_grad():
         outputs = floats(run(session.model, batch, session.forward))
         losses = [
-            (output.double() - original.to(output.device)).square().mean() / original.double().var().clamp(min=1e-12)
+            _loss(output, original.to(output.device))
             for output, original in zip(outputs, originals, strict=False)
             if output.shape == original.shape and output.requires_grad
         ]
