@@ -126,8 +126,7 @@ class Agreement:
 
 def telling(original: Tensor) -> Tensor:
     """Where the reference has a value that tells something: finite, and no mask."""
-    fill = _fill(original)
-    return ~_empty(original) if fill is None else ~(_empty(original) | (original == fill))
+    return ~_blank(original, _fill(original))
 
 
 def _joined(parts: Iterable[Columns]) -> Columns:
@@ -139,7 +138,7 @@ def _compared(a: Tensor, original: Tensor, fill: float | None) -> dict[int | Non
     """By the axis of the columns; ``None`` for all in one."""
     b, limits = original.double(), torch.finfo(original.dtype)
     a = a.double()
-    empty = _empty(original) if fill is None else _empty(original) | (original == fill)
+    empty = _blank(original, fill)
     same = empty & ((a == b) | (a.isnan() & b.isnan()))
     error = (a - b).square().where(~same, 0).nan_to_num(nan=math.inf, posinf=math.inf)
     kept = ~empty
@@ -159,6 +158,11 @@ def _cut(values: Tensor, axis: int | None) -> Tensor:
 def _empty(original: Tensor) -> Tensor:
     """Where there is no number, or the largest."""
     return ~original.isfinite() | (original.abs() >= torch.finfo(original.dtype).max)
+
+
+def _blank(original: Tensor, fill: float | None) -> Tensor:
+    """Where there is no value."""
+    return _empty(original) if fill is None else _empty(original) | (original == fill)
 
 
 def _fill(original: Tensor) -> float | None:

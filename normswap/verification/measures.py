@@ -112,10 +112,10 @@ def measure(
         if beyond.any():
             own, noise, got = (boundless(each, beyond) for each in (own, noise, got))
             wide = torch.where(beyond, wide.sign() * torch.inf, wide)
-    found = _measured(row, own, wide, noise, got, tolerance, coarsest, others)
+    alike = [other for other in others if isinstance(other, Tensor) and other.shape == own.shape]
+    found = _measured(row, own, wide, noise, got, tolerance, coarsest, alike)
     if not known or not epsilon_of(own.dtype) or found.row.problem is not None or tolerance is not None:
         return found
-    alike = [other for other in others if isinstance(other, Tensor) and other.shape == own.shape]
     inner = []
     for inside in islice(levels(wide), 1, None):
         small, more = replace(row, shape=(int(inside.sum()),)), [other[inside] for other in alike]
@@ -131,7 +131,7 @@ def _measured(
     got: Tensor,
     tolerance: tuple[float, float] | None,
     coarsest: float,
-    others: Sequence[Any],
+    others: Sequence[Tensor],
 ) -> Measured:
     known = isinstance(wide, Tensor) and isinstance(noise, Tensor) and wide.shape == noise.shape == own.shape
     truth = wide if known else own
@@ -143,9 +143,8 @@ def _measured(
     floor = share = None
     if known:
         own_error, _ = _difference(noise, truth)
-        alike = [other for other in others if isinstance(other, Tensor) and other.shape == truth.shape]
-        if alike and epsilon and own_error.any():
-            own_error = max(own_error, *(_difference(other, truth)[0] for other in alike), key=_mean)
+        if others and epsilon and own_error.any():
+            own_error = max(own_error, *(_difference(other, truth)[0] for other in others), key=_mean)
             found = replace(found, raised=True)
         own_error *= epsilon / epsilon_of(noise.dtype) if epsilon else 1.0
         if noise is not own:  # A float64 output need not have been computed in float64.

@@ -32,7 +32,7 @@ def leaves(output: Any, name: str = "", inside: tuple[int, ...] = ()) -> Outputs
         parts = [(f"{name or 'output'}[{index}]", value) for index, value in enumerate(output)]
     elif is_dataclass(output) and not isinstance(output, type):
         parts = [(f"{name}.{f.name}" if name else f.name, getattr(output, f.name)) for f in fields(output)]
-    elif type(output) in SUPPORTED_NODES and type(output) not in (int, str):
+    elif type(output) in SUPPORTED_NODES:
         children, _ = SUPPORTED_NODES[type(output)].flatten_fn(output)
         parts = [(f"{name or 'output'}[{index}]", value) for index, value in enumerate(children)]
     elif _holds_tensors(output) and id(output) not in inside:
