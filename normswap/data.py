@@ -23,7 +23,7 @@ from normswap.calibration.batches import run
 from normswap.errors import NormswapError
 from normswap.graph.observe import eval_mode
 from normswap.graph.state import unmarked
-from normswap.graph.trace import brief
+from normswap.graph.trace import brief, retold
 from normswap.images import ImageFolder, Preparation
 from normswap.verification import load_inputs
 from normswap.verification.inputs import SUFFIXES
@@ -64,12 +64,8 @@ def check_takes(model: nn.Module, batches: Iterable[Any], text: str) -> Iterable
     first = list(islice(iterator, 1))
     with torch.no_grad(), unmarked(model), eval_mode(model):
         for batch in first:
-            try:
+            with retold(f"--data {text!r}: the model does not run on batch 0"):
                 run(model, batch, None)
-            except NormswapError:
-                raise
-            except Exception as error:
-                raise NormswapError(f"--data {text!r}: the model does not run on batch 0: {brief(error)}") from error
     return chain(first, iterator) if isinstance(batches, Iterator) else batches
 
 
@@ -85,12 +81,8 @@ class Counted:
         """Raises :class:`NormswapError` for a batch that cannot be had."""
         iterator = iter(self.batches)
         for number in count():
-            try:
+            with retold(f"--data {self.text!r}: no batch {number}", (NormswapError, OSError)):
                 batch = next(iterator, _END)
-            except (NormswapError, OSError):
-                raise
-            except Exception as error:
-                raise NormswapError(f"--data {self.text!r}: no batch {number}: {brief(error)}") from error
             if batch is _END:
                 return
             self._last = number

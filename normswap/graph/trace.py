@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from normswap import registry
-from normswap.errors import FixedArgument, Refusal
+from normswap.errors import FixedArgument, NormswapError, Refusal
 from normswap.graph.state import unmarked
 
 LINEAR_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding)
@@ -317,6 +317,17 @@ def brief(error: BaseException) -> str:
     """The first line of an error, for a reason."""
     text = error.reason if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0].split(". ")[0][:120]
+
+
+@contextmanager
+def retold(told: str, passing: tuple[type[Exception], ...] = (NormswapError,)) -> Iterator[None]:
+    """Within it an error, unless it is ``passing``, is a :class:`NormswapError` that begins with ``told``."""
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise NormswapError(f"{told}: {brief(error)}") from error
 
 
 @contextmanager

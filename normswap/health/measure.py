@@ -30,7 +30,7 @@ from normswap.calibration.taps import first_tensor
 from normswap.engine.sites import Site
 from normswap.errors import NormswapError
 from normswap.graph.observe import eval_mode
-from normswap.graph.trace import brief
+from normswap.graph.trace import retold
 from normswap.health.checks import HALF_LARGEST, MANY, NOISY, SATURATED, STALE, Finding, finding
 from normswap.spec import Norm, epsilon
 
@@ -241,12 +241,8 @@ def measure(
         for batch in batches:
             if not first and all(leaf.numel() for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor)):
                 first = [batch]
-            try:
+            with retold(f"the model does not run on batch {count}"):
                 run(model, batch, forward)
-            except NormswapError:
-                raise
-            except Exception as error:
-                raise NormswapError(f"the model does not run on batch {count}: {brief(error)}") from error
             count += 1
     if not count:
         raise NormswapError("batches is empty: pass at least one batch")
