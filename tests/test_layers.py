@@ -129,6 +129,21 @@ def test_a_mean_of_ten_thousand_and_a_deviation_of_a_hundredth(name: str, layout
     assert float(wanted.abs().max()) > 2 or name in ("frn", "evonorm_b0")  # which leave the mean in
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_at_a_mean_of_ten_thousand_and_a_deviation_of_a_hundredth(name: str) -> None:
+    x = torch.randn(6, 8, 20, 20, generator=torch.Generator().manual_seed(0)) * 1e-2 + 1e4
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    module = LAYERS[name]()
+    module.eps = 1e-8
+    found = []
+    for subject, given in zip(large_mean(randomise(module), x), (x, x.double()), strict=True):
+        leaf = given.clone().requires_grad_()
+        tensors = (leaf, *subject.parameters())
+        found.append(torch.autograd.grad((subject(leaf) * cotangent).sum(), tensors))
+    for ours, wanted in zip(*found, strict=True):
+        assert float((ours - wanted).abs().max()) < 2e-3 * max(1e-3, float(wanted.abs().max()))
+
+
 class All(nn.Module):
     """Every layer on the same input."""
 

@@ -66,10 +66,11 @@ def shared(
     batch = affine(mean, var, None, None, eps)
     scale, shift = batch.scale, batch.shift
     if instance:
-        own = affine(moments.mean, moments.var, None, None, eps)
-        scale, shift = torch.lerp(own.scale, scale, share.to(dtype)), torch.lerp(own.shift, shift, share.to(dtype))
+        own, share = affine(moments.mean, moments.var, None, None, eps), share.to(dtype)
+        scale, shift = torch.lerp(own.scale, scale, share), torch.lerp(own.shift, shift, share)
     if weight is not None:
-        scale, shift = scale * weight.to(dtype), shift * weight.to(dtype)
+        weight = weight.to(dtype)  # Once: where means are large, the gradients by both cancel before they are rounded.
+        scale, shift = scale * weight, shift * weight
     return Coefficients(scale, shift if bias is None else shift + bias.to(dtype), seen)
 
 

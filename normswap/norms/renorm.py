@@ -69,7 +69,8 @@ def renormalized(
     plain = affine(mean, var, None, None, eps)
     scale, shift = plain.scale * r, plain.shift * r + d
     if weight is not None:
-        scale, shift = scale * weight.to(scale.dtype), shift * weight.to(scale.dtype)
+        weight = weight.to(scale.dtype)  # Once: where means are large, both gradients cancel before they are rounded.
+        scale, shift = scale * weight, shift * weight
     return Coefficients(scale, shift if bias is None else shift + bias.to(shift.dtype), (mean, var))
 
 
