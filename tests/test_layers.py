@@ -37,6 +37,7 @@ from normswap.norms.evonorm import (
 )
 from normswap.norms.frn import FilterResponseNorm, FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
 from normswap.norms.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from normswap.norms.layer import ChannelLayerNorm
 from normswap.norms.learned_groups import (
     LearnedGroupNorm,
     LearnedGroupNorm1d,
@@ -47,7 +48,9 @@ from normswap.norms.momentum import Warmup
 from normswap.norms.multiscale import MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d, MultiscaleNorm3d
 from normswap.norms.positional import PositionalNorm, PositionalNorm1d, PositionalNorm2d, PositionalNorm3d
 from normswap.norms.renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normswap.norms.rms import ChannelRMSNorm, ChannelsFirstRMSNorm
 from normswap.norms.switchable import SwitchableNorm, SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
+from normswap.norms.sync import SyncBatchNorm
 from normswap.norms.tracked import batch_average
 from normswap.norms.virtual import VirtualBatchNorm, VirtualBatchNorm1d, VirtualBatchNorm2d, VirtualBatchNorm3d
 from normswap.onnx.export import export
@@ -188,6 +191,25 @@ def test_empty_batches_leave_the_statistics_alone(name: str) -> None:
     module(x).sum().backward()
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
     assert all(p.grad is not None and bool((p.grad == 0).all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_values_that_are_not_floating_are_refused(kind: torch.dtype) -> None:
+    x = (sample(3, 8, 4, 4) * 10).abs().to(kind)
+    others = ChannelLayerNorm(8), ChannelRMSNorm(8), ChannelsFirstRMSNorm(8), SyncBatchNorm(8)
+    for module in (*(make() for make in LAYERS.values()), *others):
+        for training in (True, False):
+            with pytest.raises(ValueError, match=rf"expected a floating input \(got {kind}\)"):
+                module.train(training)(x)
+
+
+def test_channels_without_an_affine_are_checked_too() -> None:
+    for cls in (ChannelLayerNorm, ChannelRMSNorm, ChannelsFirstRMSNorm):
+        for given in (True, False):
+            with pytest.raises(ValueError, match=r"expected 8 channels on axis 1 \(got 7\)"):
+                cls(8, elementwise_affine=given)(torch.randn(2, 7, 3, 3))
+            with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
+                cls(8, elementwise_affine=given)(torch.randn(8))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

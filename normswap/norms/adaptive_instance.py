@@ -22,8 +22,8 @@ from normswap.errors import NormswapError
 from normswap.norms.adopt import channels_first, dimensions, has_space
 from normswap.norms.batch import eps_of
 from normswap.norms.condition import Need, NeedsCondition, per_sample
+from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine, measured, normalize
-from normswap.norms.tracked import check_input
 from normswap.registry import builds, reads
 from normswap.spec import SPACE, Form, Norm
 

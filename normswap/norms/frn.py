@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.adopt import adopt_affine, channels_first, dimensions, has_space, like
+from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, normalize
-from normswap.norms.tracked import check_flag, check_input
+from normswap.norms.tracked import check_flag
 from normswap.registry import builds, reads
 from normswap.spec import SPACE, Norm
 

@@ -20,6 +20,7 @@ from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import adopt_affine
 from normswap.norms.batch import eps_of
 from normswap.norms.group import fill
+from normswap.norms.inputs import check_input
 from normswap.norms.positions import can, over_channels
 from normswap.registry import builds, reads
 from normswap.spec import MAP, POSITION, Norm
@@ -41,6 +42,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalization of ``(N, C, *S)`` over C at every position."""
 
     def forward(self, input: Tensor) -> Tensor:
+        check_input(input, self.normalized_shape[0], None)
         if can(input, self.weight, self.bias):
             return over_channels(input, self.weight, self.bias, self.eps)
         moved = input.movedim(1, -1)

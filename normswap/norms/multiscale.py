@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import has_space, is_instance, like
 from normswap.norms.cells import Cells, members, positions
+from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.tracked import TrackedNorm, assemble, check_input, fields
+from normswap.norms.tracked import TrackedNorm, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import GATE_TOLERANCE, SPACE, Form, Norm
 

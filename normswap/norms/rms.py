@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.norms.adopt import adopt_affine
+from normswap.norms.inputs import check_input
 from normswap.norms.layer import Over, pooling
 from normswap.norms.moments import Coefficients, Moments, normalize
 from normswap.norms.passes import wide
@@ -32,6 +33,7 @@ class ChannelRMSNorm(nn.RMSNorm):
     """RMS normalization of ``(N, C, *S)`` over C at every position."""
 
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.normalized_shape[0], None)
         same = self.weight is None or self.weight.dtype == x.dtype
         if same and can(x, self.weight):
             eps = torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
@@ -43,6 +45,7 @@ class ChannelsFirstRMSNorm(nn.RMSNorm):
     """RMS normalization of ``(N, C, *S)`` over ``(C, *S)`` with a per-channel weight, for any spatial size."""
 
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.normalized_shape[0], None)
         eps = torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
         if can(x, self.weight) and (self.weight is None or self.weight.dtype == x.dtype):
             return normalize(x, partial(mean_squares, eps=eps), self.weight)[0]

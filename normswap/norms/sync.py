@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normswap.errors import Refusal
 from normswap.norms.adopt import channels_first, like
 from normswap.norms.batch import fill, positive_eps
+from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.processes import Across, check_group, several
 from normswap.norms.tracked import next_share
@@ -66,10 +67,7 @@ class SyncBatchNorm(_BatchNorm):
         self._ranks: frozenset[int] | None = None  # Of the norm it was made from, to be that again.
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels on axis 1 (got {input.shape[1]})")
+        check_input(input, self.num_features, None)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from normswap.errors import NormswapError
 from normswap.norms.adopt import adopt_affine, adopt_statistics, channels_first, dimensions
 from normswap.norms.batch import eps_of
+from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine
 from normswap.norms.momentum import Momentum, Schedule, share_of
 from normswap.norms.processes import Across, check_group, several
@@ -27,15 +28,6 @@ def check_flag(name: str, value: object) -> None:
     """Raise :class:`NormswapError` for an option that is neither ``True`` nor ``False``."""
     if not isinstance(value, bool):
         raise NormswapError(f"{name}={value!r}: it is True or False")
-
-
-def check_input(x: Tensor, channels: int, dims: frozenset[int] | None, least: int = 2) -> None:
-    """Raise ``ValueError`` for an input of a rank not in ``dims``, or below ``least``, or with other channels."""
-    if x.dim() not in dims if dims is not None else x.dim() < least:
-        expected = f"at least {least}D" if dims is None else " or ".join(f"{d}D" for d in sorted(dims))
-        raise ValueError(f"expected {expected} input (got {x.dim()}D input)")
-    if x.shape[1] != channels:
-        raise ValueError(f"expected {channels} channels on axis 1 (got {x.shape[1]})")
 
 
 def next_share(counter: Tensor, momentum: Momentum, like: Tensor) -> Tensor:
