@@ -417,6 +417,23 @@ class TestBatchInstance:
         assert module.share[0] < 1.5
         assert module.share[3] > -0.5
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own decompositions
+    def test_forward_mode_by_the_share(self) -> None:
+        module = randomise(BatchInstanceNorm2d(3).double()).eval()
+        x, tangent = sample(2, 3, 4, 4), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+
+        def loss(share: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(module, {"share": share}, (x,))
+            return out.pow(3).sum()
+
+        share = module.share.detach()
+        gradient, (_, along) = torch.func.grad(loss)(share), torch.func.jvp(loss, (share,), (tangent,))
+        assert distance(along, (gradient * tangent).sum()) < 1e-10
+        hessian = torch.func.hessian(loss)(share)  # forward over reverse
+        assert distance(hessian, torch.autograd.functional.hessian(loss, share)) < 1e-9
+        beyond = torch.tensor([-0.5, 0.5, 1.5], dtype=torch.float64)
+        assert torch.func.jacfwd(loss)(beyond).ne(0).tolist() == [False, True, False]
+
     def test_conversion(self) -> None:
         x = sample(3, 8, 4, 5)
         batch = randomise(nn.BatchNorm2d(8).double()).eval()

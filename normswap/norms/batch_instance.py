@@ -45,6 +45,20 @@ class _Share(torch.autograd.Function):
         return gradient.masked_fill(away, 0)
 
 
+class _DualShare(_Share):
+    """The same with a forward derivative, that of clipping: ``torch.compile`` takes no function that has one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        (share,) = ctx.saved_tensors
+        return tangents[0].masked_fill((share < 0) | (share > 1), 0)
+
+
 def shared(
     moments: Moments,
     share: Tensor,
@@ -106,7 +120,8 @@ class BatchInstanceNorm(TrackedNorm):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         function = partial(shared, eps=self.eps, instance=x.dim() > 2)
-        share: Tensor = _Share.apply(self.share)  # type: ignore[no-untyped-call]
+        clipped = _Share if torch.compiler.is_compiling() else _DualShare
+        share: Tensor = clipped.apply(self.share)  # type: ignore[no-untyped-call]
         out, seen = normalize(x, function, share, self.weight, self.bias, *self.running, across=self.across())
         if seen:
             self.track(*seen)
