@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ ANY_RANK = (
     EvoNormS0,
     VirtualBatchNorm,
 )
+OVER_CHANNELS = (ChannelLayerNorm, ChannelRMSNorm, ChannelsFirstRMSNorm)
 TIMELESS = (FilterResponseNorm, EvoNormS0, PositionalNorm, LearnedGroupNorm, MultiscaleNorm)
 """Without statistics that training leaves behind."""
 
@@ -147,6 +149,17 @@ def test_gradients_at_a_mean_of_ten_thousand_and_a_deviation_of_a_hundredth(name
         assert float((ours - wanted).abs().max()) < 2e-3 * max(1e-3, float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("make", [*LAYERS.values(), *(partial(each, 8) for each in OVER_CHANNELS)])
+def test_many_gradients_at_once(make: Callable[[], nn.Module]) -> None:
+    module, x = randomise(make()).double(), sample(3, 8, 4, 5).requires_grad_()
+    out, tensors = module(x), (x, *module.parameters())
+    cotangents = torch.stack([sample(3, 8, 4, 5, seed=seed) for seed in (2, 3)])
+    batched = torch.autograd.grad(out, tensors, cotangents, is_grads_batched=True, retain_graph=True)
+    for index, one in enumerate(cotangents):
+        wanted = torch.autograd.grad(out, tensors, one, retain_graph=True)
+        assert all(distance(ours[index], theirs) < 1e-10 for ours, theirs in zip(batched, wanted, strict=True))
+
+
 class All(nn.Module):
     """Every layer on the same input."""
 
@@ -196,7 +209,7 @@ def test_empty_batches_leave_the_statistics_alone(name: str) -> None:
 @pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
 def test_values_that_are_not_floating_are_refused(kind: torch.dtype) -> None:
     x = (sample(3, 8, 4, 4) * 10).abs().to(kind)
-    others = ChannelLayerNorm(8), ChannelRMSNorm(8), ChannelsFirstRMSNorm(8), SyncBatchNorm(8)
+    others = *(each(8) for each in OVER_CHANNELS), SyncBatchNorm(8)
     for module in (*(make() for make in LAYERS.values()), *others):
         for training in (True, False):
             with pytest.raises(ValueError, match=rf"expected a floating input \(got {kind}\)"):
@@ -204,7 +217,7 @@ def test_values_that_are_not_floating_are_refused(kind: torch.dtype) -> None:
 
 
 def test_channels_without_an_affine_are_checked_too() -> None:
-    for cls in (ChannelLayerNorm, ChannelRMSNorm, ChannelsFirstRMSNorm):
+    for cls in OVER_CHANNELS:
         for given in (True, False):
             with pytest.raises(ValueError, match=r"expected 8 channels on axis 1 \(got 7\)"):
                 cls(8, elementwise_affine=given)(torch.randn(2, 7, 3, 3))

@@ -253,8 +253,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, floor, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return again(ctx, _plain(x, *ctx.how, floor, *tensors)[0], x, (floor, *tensors), gradients[0])
+        if looked_into(gradients[0]):
+            return again(ctx, lambda: _plain(x, *ctx.how, floor, *tensors)[0], x, (floor, *tensors), gradients[0])
         small: _Small = ctx.small
         over, mean, var = small.over, small.mean, small.var
         scale, shift = small.scale.detach(), small.shift.detach()
@@ -285,14 +285,25 @@ def small_gradients(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[T
     return {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
 
 
+def looked_into(gradient: Tensor) -> bool:
+    """Whether a backward pass is differentiated itself, or given many gradients at once (``is_grads_batched``)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return torch._C._functorch.is_legacy_batchedtensor(gradient) or _plainly(gradient, ())
+
+
 def again(
-    ctx: Any, out: Tensor, x: Tensor, tensors: Sequence[Tensor | None], gradient: Tensor
+    ctx: Any, make: Callable[[], Tensor], x: Tensor, tensors: Sequence[Tensor | None], gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``out``, made of ``x`` and ``tensors`` in plain operations, to be differentiated again.
+    """The gradients of what ``make`` makes of ``x`` and ``tensors`` in plain operations; to be differentiated again
+    where they are wanted so.
 
     Between ``x`` and ``tensors`` stand arguments that are no tensors."""
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = make()
     others = len(ctx.needs_input_grad) - 1 - len(tensors)
     inputs = zip((x, *[None] * others, *tensors), ctx.needs_input_grad, strict=True)
     wanted = [t for t, needed in inputs if needed and t is not None]
-    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(out, wanted, gradient, create_graph=further, allow_unused=True))
     return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.norms.moments import Moments, _empty, _plainly, again, measured, small_gradients
+from normswap.norms.moments import Moments, _empty, _plainly, again, looked_into, measured, small_gradients
 from normswap.norms.passes import Passes, passes
 
 
@@ -112,8 +112,8 @@ class _Transform(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return again(ctx, plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
+        if looked_into(gradients[0]):
+            return again(ctx, lambda: plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
         over, mean, var, leaves, values = ctx.small
         pointwise: Pointwise = ctx.functions[1]
         dense, grad = over.dense(x), over.dense(gradients[0])
