@@ -85,7 +85,7 @@ def test_gradcheck_twice(size: tuple[int, int], layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
-@pytest.mark.parametrize("size", [(40, 40), (41, 39)], ids=str)
+@pytest.mark.parametrize("size", [(40, 40), (41, 39), (48, 52)], ids=str)
 def test_cells_with_means_of_their_own(size: tuple[int, int], layout: str) -> None:
     """A ramp of large steps: every cell has another mean, far larger than its spread."""
     step = torch.arange(size[0]).mul(4).div(size[0], rounding_mode="floor")[:, None] * 1e3
@@ -111,6 +111,30 @@ def test_what_is_kept_and_sixteen_bits() -> None:
         pairs = ((out.float(), half), (module(exact), exact))
         ours, theirs = (torch.autograd.grad(each.sin().sum(), at)[0] for each, at in pairs)
         assert distance(ours, theirs) < 0.05
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_autocast_rounds_nothing(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of matrices stay in float32, backward too."""
+    if traced:
+        monkeypatch.setattr(moments, "_plainly", lambda *_: True)
+    module = randomise(MultiscaleNorm2d(3))
+    results = []
+    for on in (False, True):
+        x = sample(2, 3, 8, 8).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            out = module(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on and not traced):
+            results.append((out, *torch.autograd.grad(out.pow(3).sum(), (x, *module.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_an_infinite_value_stays_in_its_cell() -> None:
+    x = sample(1, 2, 8, 8).float()
+    x[0, 0, 0, 0] = float("inf")
+    lost = MultiscaleNorm2d(2, scales=(4,))(x).isfinite().logical_not()
+    assert lost[0, 0, :2, :2].all()
+    assert lost.sum() == 4
 
 
 def test_scale_one_is_instance_normalization_in_any_rank() -> None:

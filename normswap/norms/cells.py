@@ -7,7 +7,8 @@ empty. Moments, scale and shift have shape ``(N, C, *cells)`` with ``s`` cells o
 
 All axes but the last are cut by slicing. Along the last, values stand side by side and its parts may be short: there
 factors are spread out to one for each position, and sums are taken over the other axes first, then over the parts of
-what is left. Of a cell whose mean is large against its spread, values are shifted by that mean."""
+what is left; of maps too narrow for that, by a product with a matrix of zeros and ones. Of a cell whose mean is large
+against its spread, values are shifted by that mean."""
 
 from __future__ import annotations
 
@@ -20,29 +21,11 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, scaled, wide
+from normswap.norms.passes import Passes, fine, scaled, unrounded, wide
+from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0
 """Cells whose means are of more than so many standard deviations are shifted: sums of squares lose the square of it."""
-
-
-def members(length: int, parts: int, like: Tensor) -> Tensor:
-    """Which part each position of an axis is in, ``(length, parts)`` of zeros and ones."""
-    part = torch.arange(length, device=like.device) * parts // length
-    return (part.unsqueeze(1) == torch.arange(parts, device=like.device)).to(like.dtype)
-
-
-def along(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """``x`` of shape ``(N, C, *S)`` times a matrix on each spatial axis."""
-    for axis, matrix in enumerate(matrices, 2):
-        x = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
-    return x
-
-
-def positions(space: Sequence[int], parts: int, like: Tensor) -> Tensor:
-    """How many positions each cell has, ``(1, 1, *cells)`` in the dtype of ``like``."""
-    whole = like.new_ones((1, 1, *space))
-    return along(whole, [members(length, parts, like) for length in space])
 
 
 def slices(length: int, parts: int) -> list[slice]:
@@ -53,6 +36,9 @@ def slices(length: int, parts: int) -> list[slice]:
 LARGER = 4
 """A block is so many times larger than in the other passes: calls for smaller ones take longer than the way to a cache
 of a higher level."""
+
+NARROW = 48
+"""Rows of fewer values are too short for torch's sums over the other axes."""
 
 
 class CellPasses(Passes):
@@ -65,7 +51,8 @@ class CellPasses(Passes):
 
     def __init__(self, x: Tensor, parts: int) -> None:
         super().__init__(x)
-        space = x.shape[2:]
+        self.space = space = x.shape[2:]
+        self.none = x.new_empty(0, dtype=self.fine)
         self.parts = parts
         self.lead = space[:-1] or space
         self.tail = space[-1] if len(space) > 1 else 0
@@ -73,12 +60,21 @@ class CellPasses(Passes):
         self.even = all(length % parts == 0 for length in self.lead)
         self.slabs = 1 if self.even else parts ** len(self.lead)
         self.cells = (parts,) * len(space)
-        self.positions = positions(space, parts, x.new_empty(0, dtype=self.fine)).clamp_(min=1)
         self.centre: Tensor | None = None
         self.limit *= LARGER
+        self.scratch = x.new_empty(0, dtype=self.wide)
+        narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
+        exactly = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        self.by_product = narrow and exactly
+        # Of narrow maps there are so many cells that float64 would cost more than the passes. Of cells whose means are
+        # not large against their spread, nothing is lost.
+        self.exact = self.wide if self.by_product else self.fine
 
-    def behind(self) -> Tensor:
-        return self.positions
+    def behind(self) -> int | Tensor:
+        """Values behind each moment, at least 1; one number where cells are alike."""
+        if self.even and self.tail % self.parts == 0:
+            return int(self.count // self.parts ** len(self.cells))
+        return positions(self.space, self.parts, self.none).clamp_(min=1)
 
     def rows(self, tensor: Tensor) -> Tensor:
         flat = tensor.movedim(1, -1) if self.last else tensor
@@ -110,7 +106,7 @@ class CellPasses(Passes):
             if self.tail % self.parts == 0:
                 values = values.unflatten(2, (self.parts, -1)).sum(3, dtype=self.fine)
             else:
-                values = members(self.tail, self.parts, self.positions).t() @ values.to(self.fine)
+                values = members(self.tail, self.parts, self.none).t() @ values.to(self.fine)
         if self.last:
             return values.reshape(self.samples, *self.cells, self.channels).movedim(-1, 1).to(self.fine)
         return values.reshape(self.samples, self.channels, *self.cells).to(self.fine)
@@ -134,15 +130,38 @@ class CellPasses(Passes):
                 piece = slice(begin, min(begin + within, first.stop))
                 yield number, (slice(start, start + step), piece, *others), (slice(start, start + step),)
 
+    def room_for(self, block: Tensor) -> Tensor:
+        """Memory for a block in the working precision, the same again and again."""
+        if self.scratch.numel() < block.numel():
+            self.scratch = block.new_empty(block.numel())
+        return self.scratch[: block.numel()].view(block.shape)
+
     def summed(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
         """In cells, the two sums of what ``terms`` makes of each place."""
+        if self.by_product:
+            found = self._products(rows, terms)
+            if all(bool(each.sum().isfinite()) for each in found):  # Else cells beside an infinite one are lost too.
+                return [each.to(self.exact) for each in found]
         axes = tuple(range(2, rows.dim() - 1, 2)) if self.even else tuple(range(1, rows.dim() - 1))
         shape = [1 if axis in axes else length for axis, length in enumerate(rows.shape)]
         totals = [rows.new_zeros((self.slabs, *shape), dtype=self.wide) for _ in range(2)]
         for number, place, own in self.places(rows):
             for total, term in zip(totals, terms(number, place, own), strict=True):
                 total[number][own].add_(term.sum(axes, keepdim=True, dtype=self.wide))
-        return [self.gathered(total) for total in totals]
+        return [self.gathered(total).to(self.exact) for total in totals]
+
+    def _products(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        """:meth:`summed` of maps ``(P, parts, L / parts, R)``; the cells come first in memory."""
+        outer, parts, height, width = rows.shape
+        inside = members(width, parts, rows.new_empty(0, dtype=self.wide)).t().repeat(1, height)
+        totals = [rows.new_empty((parts, outer * parts), dtype=self.wide) for _ in range(2)]
+        for _, place, (first, second) in self.places(rows):
+            for total, term in zip(totals, terms(0, place, (first, second)), strict=True):
+                values = term.to(self.wide).reshape(-1, height * width).t()
+                start = first.start * parts + second.start
+                torch.mm(inside, values, out=total[:, start : start + values.shape[1]])
+        shape = (parts, self.samples, self.channels, parts)
+        return [total.view(shape).permute(3, 0, 1, 2).contiguous().permute(2, 3, 0, 1) for total in totals]
 
     def shifts(self) -> Tensor | None:
         return None if self.centre is None else self.spread(self.centre)
@@ -157,26 +176,26 @@ class CellPasses(Passes):
 
         def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
             value = self.centred_by(shift, rows[place], number, own)
-            return value, value.square()
+            return value, torch.mul(value, value, out=self.room_for(value))
 
-        mean, square = (each / self.positions for each in self.summed(rows, terms))
-        var = square - mean.square()
-        if not bool(((mean.square() <= OFF_CENTRE**2 * var) | (square == 0)).all()):
-            self.centre = mean.to(self.wide).to(self.fine)
+        mean, square = (each.div_(self.behind()) for each in self.summed(rows, terms))
+        var = torch.addcmul(square, mean, mean, value=-1)
+        if not bool((square <= (OFF_CENTRE**2 + 1) * var).all()):
+            self.centre, self.exact = mean.to(self.wide).to(self.fine), self.fine
             shift = self.shifts()
-            mean, square = (each / self.positions for each in self.summed(rows, terms))
-            var = square - mean.square()
+            mean, square = (each.div_(self.behind()) for each in self.summed(rows, terms))
+            var = torch.addcmul(square, mean, mean, value=-1)
             mean = mean + self.centre
         return mean, var.clamp_(min=0)
 
-    def base(self) -> Tensor:
-        """The shift, ``(N, C, *cells)``; zeros where there is none."""
-        return torch.zeros_like(self.positions) if self.centre is None else self.centre
+    def moved(self, values: Tensor, times: Tensor) -> Tensor:
+        """``values + times * shift``."""
+        return values if self.centre is None else values + times * self.centre
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         out = torch.empty_like(x)
         rows, target = self.rows(x), self.rows(out)
-        shift, scale, away = self.spread(shift + scale * self.base()), self.spread(scale), self.shifts()
+        shift, scale, away = self.spread(self.moved(shift, scale)), self.spread(scale), self.shifts()
         for number, place, own in self.places(rows):
             result, value = target[place], self.centred_by(away, rows[place], number, own)
             made = result if out.dtype == self.wide else value
@@ -190,17 +209,18 @@ class CellPasses(Passes):
 
         def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
             given = grads[place]
-            return given, self.centred_by(shift, rows[place], number, own) * given
+            value = self.centred_by(shift, rows[place], number, own)
+            return given, torch.mul(value, given, out=self.room_for(value))
 
         total, product = self.summed(rows, terms)
-        return total, product + total * self.base()
+        return total, self.moved(product, total)
 
     def combine(
         self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
     ) -> Tensor:
         out = torch.empty_like(grad) if out is None else out
         rows, grads, target = self.rows(x), self.rows(grad), self.rows(out)
-        level = self.spread(level + slope * self.base())
+        level = self.spread(self.moved(level, slope))
         scale, slope, shift = self.spread(scale), self.spread(slope), self.shifts()
         for number, place, own in self.places(rows):
             result, given = target[place], grads[place].to(self.wide)
@@ -223,6 +243,10 @@ class Cells:
 
     def plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """In operations that torch differentiates, compiles and exports by itself."""
+        with unrounded(x.device):
+            return self._plain(x, function, *tensors)
+
+    def _plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         values, space = x.to(wide(x.dtype)), tuple(range(2, x.dim()))
         shift = values.detach().mean(space, keepdim=True)
         values, base = values - shift, shift.to(fine(x.device))

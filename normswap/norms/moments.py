@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normswap.norms.passes import Passes, fine, passes, wide
+from normswap.norms.passes import Passes, fine, passes, unrounded, wide
 from normswap.norms.processes import Across
 
 
@@ -93,7 +93,8 @@ def affine(
 
 
 Function = Callable[..., Coefficients]
-"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
+"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments. It may have a method ``by_hand``
+for the same where it is differentiated at most once and nothing looks into it."""
 
 
 class Parts(Protocol):
@@ -225,10 +226,11 @@ def _run(
 ) -> tuple[Tensor, tuple[Tensor, ...], _Small]:
     over = passes(x) if parts is None else parts.passes(x)
     dense = over.dense(x)
-    mean, var = (moment.requires_grad_(graph and x.requires_grad) for moment in over.measure(dense))
+    with unrounded(x.device):
+        mean, var = (moment.requires_grad_(graph and x.requires_grad) for moment in over.measure(dense))
     leaves = [t if t is None else t.detach().requires_grad_(graph and t.requires_grad) for t in tensors]
-    with torch.set_grad_enabled(graph):
-        scale, shift, seen = function(Moments(mean, var, over.count), *leaves)
+    with unrounded(x.device), torch.set_grad_enabled(graph):
+        scale, shift, seen = getattr(function, "by_hand", function)(Moments(mean, var, over.count), *leaves)
         scale, shift = scale.expand_as(mean), shift.expand_as(mean)
     out = over.affine(dense, scale.detach(), shift.detach())
     if floor is not None:
@@ -252,6 +254,11 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with unrounded(gradients[0].device):
+            return _Normalize._backward(ctx, *gradients)
+
+    @staticmethod
+    def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, floor, *tensors = ctx.saved_tensors
         if looked_into(gradients[0]):
             return again(ctx, lambda: _plain(x, *ctx.how, floor, *tensors)[0], x, (floor, *tensors), gradients[0])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise, product
 from typing import Any, Literal
 
@@ -25,10 +24,11 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import has_space, is_instance, like
-from normswap.norms.cells import Cells, members, positions
+from normswap.norms.cells import Cells
 from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
+from normswap.norms.pyramid import ByHand, kept_pyramid, mixed, pyramid
 from normswap.norms.tracked import TrackedNorm, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import GATE_TOLERANCE, SPACE, Form, Norm
@@ -51,44 +51,45 @@ def check_scales(scales: Sequence[int] | str) -> tuple[int, ...]:
     return found
 
 
-def mixed(
-    mean: Tensor, var: Tensor, space: Sequence[int], scales: Sequence[int], gates: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance for each of the finest cells, mixed over all scales; ``gates``, ``(2, K)``, are logits.
+@dataclass(frozen=True)
+class Mixture:
+    """Scale and shift of each of the finest cells of maps of shape ``space``."""
 
-    ``mean``, ``var``: of the finest cells of a map of shape ``space``, ``(N, C, cells)``."""
-    shares = gates.softmax(1)
-    count = positions(space, scales[-1], mean).reshape(-1, 1)
-    total, spread = mean * shares[0, -1], var * shares[1, -1]
-    for index, scale in enumerate(scales[:-1]):
-        inside = torch.ones_like(mean[0, :1, :1])  # Which cell of this scale each of the finest is in.
-        for _ in space:
-            inside = torch.kron(inside, members(scales[-1], scale, mean))
-        average = inside * count / (inside * count).sum(0).clamp(min=1)
-        centre = mean @ average
-        around = (var + (mean - centre @ inside.t()).square()) @ average
-        total = total + (centre * shares[0, index]) @ inside.t()
-        spread = spread + (around * shares[1, index]) @ inside.t()
-    return total, spread
+    eps: float
+    scales: tuple[int, ...]
+    space: Sequence[int]
 
+    def __call__(
+        self, moments: Moments, mean_gate: Tensor, var_gate: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Coefficients:
+        mean, var, shares = self._given(moments, mean_gate, var_gate)
+        others = pyramid(self.space, self.scales, mean)
+        rows = (mean.flatten(1), var.flatten(1), shares)
+        total, spread = (each.reshape(mean.shape) for each in mixed(*rows, others))
+        scale, shift, _ = affine(total, spread, weight, bias, self.eps)
+        return self._made(moments, scale, shift)
 
-def mixture(
-    moments: Moments,
-    mean_gate: Tensor,
-    var_gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    scales: Sequence[int],
-    space: Sequence[int],
-) -> Coefficients:
-    """Scale and shift of each of the finest cells."""
-    gates = torch.stack((mean_gate, var_gate)).to(moments.mean.dtype)
-    mean, var = mixed(moments.mean.flatten(2), moments.var.flatten(2), space, scales, gates)
-    weight, bias = (None if t is None else t.unsqueeze(1) for t in (weight, bias))
-    scale, shift, _ = affine(mean, var, weight, bias, eps)
-    return Coefficients(scale.reshape(moments.mean.shape), shift.reshape(moments.mean.shape))
+    def by_hand(
+        self, moments: Moments, mean_gate: Tensor, var_gate: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Coefficients:
+        """The same, to be differentiated once."""
+        mean, var, shares = self._given(moments, mean_gate, var_gate)
+        others = kept_pyramid(tuple(self.space), self.scales, mean.dtype, mean.device)
+        weight, bias = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+        scale, shift = ByHand.apply(mean, var, shares, weight, bias, others, self.eps)  # type: ignore[no-untyped-call]
+        return self._made(moments, scale, shift)
+
+    @staticmethod
+    def _given(moments: Moments, mean_gate: Tensor, var_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments as ``(cells, N, C)`` and the shares of the scales."""
+        mean, var = (moment.flatten(2).permute(2, 0, 1) for moment in (moments.mean, moments.var))
+        shares = torch.stack((mean_gate, var_gate)).to(mean.dtype).softmax(1)
+        return mean, var, shares
+
+    @staticmethod
+    def _made(moments: Moments, *factors: Tensor) -> Coefficients:
+        scale, shift = (each.permute(1, 2, 0).reshape(moments.mean.shape) for each in factors)
+        return Coefficients(scale, shift)
 
 
 class MultiscaleNorm(TrackedNorm):
@@ -124,7 +125,7 @@ class MultiscaleNorm(TrackedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.num_features, self.dims, least=3)
-        function = partial(mixture, eps=self.eps, scales=self.scales, space=x.shape[2:])
+        function = Mixture(self.eps, self.scales, x.shape[2:])
         tensors = self.mean_gate, self.var_gate, self.weight, self.bias
         return normalize(x, function, *tensors, parts=Cells(self.scales[-1]))[0]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -35,6 +36,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def fine(device: torch.device) -> torch.dtype:
     """The dtype of factors and moments: float64, but on Apple's GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def unrounded(device: torch.device) -> AbstractContextManager[object]:
+    """Where autocast is on, without it: it would round the products of float32 matrices to 16 bits."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
