@@ -196,6 +196,17 @@ def test_compiled_without_a_graph_break() -> None:
     torch.compiler.reset()
 
 
+def test_on_the_meta_device() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.empty(3, 8, 4, 5, device="meta").to(memory_format=layout).requires_grad_()
+        for module in (*(make() for make in LAYERS.values()), *(each(8) for each in OVER_CHANNELS)):
+            for training in (True, False):
+                out = module.to("meta").train(training)(x)
+                assert out.is_meta
+                assert out.stride() == x.stride() or isinstance(module, OVER_CHANNELS)
+                assert torch.autograd.grad(out.sum(), x)[0].is_meta
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_empty_batches_leave_the_statistics_alone(name: str) -> None:
     module = randomise(LAYERS[name]()).train()

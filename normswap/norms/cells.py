@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, scaled, unrounded, wide
+from normswap.norms.passes import Passes, fine, rounded, scaled, wide
 from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0
@@ -64,7 +64,8 @@ class CellPasses(Passes):
         self.limit *= LARGER
         self.scratch = x.new_empty(0, dtype=self.wide)
         narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
-        exactly = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+        exactly = x.device.type == "cpu" and precision in ("none", "ieee")
         self.by_product = narrow and exactly
         # Of narrow maps there are so many cells that float64 would cost more than the passes. Of cells whose means are
         # not large against their spread, nothing is lost.
@@ -243,11 +244,9 @@ class Cells:
 
     def plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """In operations that torch differentiates, compiles and exports by itself."""
-        with unrounded(x.device):
-            return self._plain(x, function, *tensors)
-
-    def _plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        values, space = x.to(wide(x.dtype)), tuple(range(2, x.dim()))
+        # Autocast rounds the products of float32 in the backward pass too, even where it was off for the forward one.
+        values = x.to(fine(x.device) if rounded(x.device) else wide(x.dtype))
+        space = tuple(range(2, x.dim()))
         shift = values.detach().mean(space, keepdim=True)
         values, base = values - shift, shift.to(fine(x.device))
         inside = [members(x.shape[axis], self.parts, values) for axis in space]
@@ -260,5 +259,5 @@ class Cells:
         scale, offset, seen = function(moments, *tensors)
         offset = (offset + scale * base).expand_as(mean).to(values.dtype)
         scale = scale.expand_as(mean).to(values.dtype)
-        out = torch.addcmul(along(offset, outside), values, along(scale, outside))
+        out = values * along(scale, outside) + along(offset, outside)  # In the memory format of its first factor.
         return out.to(x.dtype), tuple(each.detach() for each in seen)

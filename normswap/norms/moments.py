@@ -168,9 +168,10 @@ def _empty(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def _plainly(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether something looks into the operations."""
+    """Whether something looks into the operations, or nothing is to be computed."""
     return (
         torch.compiler.is_compiling()
+        or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()

@@ -38,10 +38,14 @@ def fine(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def rounded(device: torch.device) -> bool:
+    """Whether autocast would round the products of float32 matrices to 16 bits."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def unrounded(device: torch.device) -> AbstractContextManager[object]:
-    """Where autocast is on, without it: it would round the products of float32 matrices to 16 bits."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    """Where autocast is on, without it."""
+    return torch.autocast(device.type, enabled=False) if rounded(device) else nullcontext()
 
 
 def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
