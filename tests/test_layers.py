@@ -53,7 +53,13 @@ from normswap.norms.rms import ChannelRMSNorm, ChannelsFirstRMSNorm
 from normswap.norms.switchable import SwitchableNorm, SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from normswap.norms.sync import SyncBatchNorm
 from normswap.norms.tracked import batch_average
-from normswap.norms.virtual import VirtualBatchNorm, VirtualBatchNorm1d, VirtualBatchNorm2d, VirtualBatchNorm3d
+from normswap.norms.virtual import (
+    VirtualBatchNorm,
+    VirtualBatchNorm1d,
+    VirtualBatchNorm2d,
+    VirtualBatchNorm3d,
+    reference_batch,
+)
 from normswap.onnx.export import export
 from tests.support import distance, randomise, sample
 from tests.test_export import run
@@ -158,6 +164,20 @@ def test_many_gradients_at_once(make: Callable[[], nn.Module]) -> None:
     for index, one in enumerate(cotangents):
         wanted = torch.autograd.grad(out, tensors, one, retain_graph=True)
         assert all(distance(ours[index], theirs) < 1e-10 for ours, theirs in zip(batched, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_between_an_eval_pass_and_its_gradient(name: str) -> None:
+    module = randomise(LAYERS[name]()).double().eval()
+    x = sample(3, 8, 4, 5).requires_grad_()
+    wanted = torch.autograd.grad(module(x).pow(3).sum(), x)[0]
+    out, reference = module(x), sample(3, 8, 4, 5, seed=2)
+    if name == "virtual":
+        with reference_batch(module):
+            module(reference)
+    else:
+        module.train()(reference)
+    assert distance(torch.autograd.grad(out.pow(3).sum(), x)[0], wanted) < 1e-12
 
 
 class All(nn.Module):

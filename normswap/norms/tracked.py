@@ -30,6 +30,12 @@ def check_flag(name: str, value: object) -> None:
         raise NormswapError(f"{name}={value!r}: it is True or False")
 
 
+def kept(buffer: Tensor | None) -> Tensor | None:
+    """A buffer as it is now: the backward pass may come when a batch has written it over."""
+    apart = buffer is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return buffer.clone() if apart and buffer is not None else buffer
+
+
 def next_share(counter: Tensor, momentum: Momentum, like: Tensor) -> Tensor:
     """Count one more batch; its weight in the running statistics, in the dtype of ``like``."""
     counter.add_(1)
@@ -110,7 +116,7 @@ class TrackedNorm(nn.Module):
     @property
     def running(self) -> tuple[Tensor | None, Tensor | None]:
         """The running statistics where they are used: in eval mode."""
-        return (None, None) if self.training else (self.running_mean, self.running_var)
+        return (None, None) if self.training else (kept(self.running_mean), kept(self.running_var))
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor) -> None:

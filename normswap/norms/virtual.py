@@ -34,7 +34,7 @@ from normswap.errors import NormswapError, Refusal, check_whole
 from normswap.norms.adopt import is_instance, like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.tracked import TrackedNorm, assemble, batch_normalized, fields
+from normswap.norms.tracked import TrackedNorm, assemble, batch_normalized, fields, kept
 from normswap.registry import builds, reads
 from normswap.spec import BATCH, SPACE, Form, Norm
 
@@ -93,7 +93,8 @@ class VirtualBatchNorm(TrackedNorm):
             if seen:
                 self.collect(seen[0], seen[1], x.shape[0])
             return out
-        given = self.weight, self.bias, self.running_mean, self.running_var, self.reference_size
+        buffers = (kept(each) for each in (self.running_mean, self.running_var, self.reference_size))
+        given = self.weight, self.bias, *buffers
         return normalize(x, partial(joined, eps=self.eps), *given)[0]
 
     @torch.no_grad()
