@@ -26,6 +26,8 @@ from normswap.norms.batch_instance import (
     BatchInstanceNorm2d,
     BatchInstanceNorm3d,
 )
+from normswap.norms.conditional import ConditionalNorm2d
+from normswap.norms.domain import DomainBatchNorm2d
 from normswap.norms.evonorm import (
     EvoNormB0,
     EvoNormB01d,
@@ -214,6 +216,26 @@ def test_compiled_without_a_graph_break() -> None:
     buffers = zip(other.buffers(), model.buffers(), strict=True)
     assert all(distance(a.double(), b.double()) < 1e-12 for a, b in buffers)
     torch.compiler.reset()
+
+
+def test_reset_parameters_behind_the_meta_device() -> None:
+    """As deferred initialisation has it: made on the meta device, given memory, reset."""
+    more = {
+        "conditional": lambda: ConditionalNorm2d(8, classes=3), "domain": lambda: DomainBatchNorm2d(8),
+        "one group": lambda: LearnedGroupNorm2d(8, groups=4, gap=2.0),
+    }  # fmt: skip
+    for name, make in {**LAYERS, **more}.items():
+        wanted = make().state_dict()
+        with torch.device("meta"):
+            module: Any = make()
+        randomise(module.to_empty(device="cpu"), seed=3)
+        for buffer in module.buffers():
+            buffer.fill_(7)
+        module.reset_parameters()
+        state = module.state_dict()
+        assert list(state) == list(wanted)
+        assert all(torch.equal(state[key], wanted[key]) for key in wanted), name
+        assert all(p.requires_grad for p in module.parameters())
 
 
 def test_on_the_meta_device() -> None:

@@ -50,6 +50,18 @@ def formula(weight: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     return out
 
 
+def test_reset_parameters_resets_the_gain() -> None:
+    with torch.device("meta"):
+        layer = StandardizedConv2d(3, 4, 3, gain=True)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7)
+    layer.reset_parameters()
+    assert torch.equal(layer.gain, torch.ones(4))
+    assert layer.weight.std() > 0
+
+
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_compute_the_formula(name: str, gain: bool) -> None:

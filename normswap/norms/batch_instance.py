@@ -95,6 +95,7 @@ class BatchInstanceNorm(TrackedNorm):
     the batch, 1 at first. On ``(N, C)`` an instance is a single value, and it is batch normalization. With
     ``synchronised=True`` the batch is that of all processes of ``process_group``."""
 
+    initial = TrackedNorm.initial | {"share": 1.0}
     share: Tensor
 
     def __init__(

@@ -141,6 +141,7 @@ class SamplePointwise(Pointwise):
 
 
 class _EvoNorm(TrackedNorm):
+    initial = TrackedNorm.initial | {"slope": 1.0}
     slope: Tensor
 
     def _more_parameters(self, where: dict[str, Any]) -> None:

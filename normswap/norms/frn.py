@@ -76,6 +76,13 @@ class FilterResponseNorm(nn.Module):
             parameter = nn.Parameter(torch.full((num_features,), value, **where)) if wanted else None
             self.register_parameter(name, parameter)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make parameters, in place, those of a new layer."""
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0), (self.threshold, 0.0)):
+            if parameter is not None:
+                parameter.fill_(value)
+
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.num_features, self.dims, least=3)
         function = partial(responses, eps=self.eps)

@@ -92,7 +92,7 @@ class LearnedGroupNorm(TrackedNorm):
         check_positive("temperature", temperature)
         check_positive("gap", gap)
         super().__init__(num_features, eps, momentum, affine, False, device, dtype, bias=bias)
-        self.temperature = temperature
+        self.temperature, self.gap = temperature, gap
         logits = in_order(num_features, group_count(num_features, groups), gap)
         where = dtype if dtype is not None else torch.get_default_dtype()
         self.logits = nn.Parameter(logits.to(device=device, dtype=where))
@@ -101,6 +101,13 @@ class LearnedGroupNorm(TrackedNorm):
         self.check(x)
         function = partial(assigned, eps=self.eps, temperature=self.temperature)
         return normalize(x, function, self.logits, self.weight, self.bias)[0]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make parameters, in place, those of a new layer: groups of channels in order, by ``gap``."""
+        super().reset_parameters()
+        channels, groups = self.logits.shape
+        self.logits.copy_(in_order(channels, groups, self.gap))
 
     @torch.no_grad()
     def harden(self) -> None:

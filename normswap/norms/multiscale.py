@@ -100,6 +100,7 @@ class MultiscaleNorm(TrackedNorm):
     the logits ``mean_gate``, ``var_gate``, one for each of ``scales``. Raises :class:`NormswapError` for scales of
     which one does not divide the next, ``ValueError`` for an input of another rank."""
 
+    initial = TrackedNorm.initial | {"mean_gate": 0.0, "var_gate": 0.0}
     mean_gate: Tensor
     var_gate: Tensor
 

@@ -78,6 +78,7 @@ class SwitchableNorm(TrackedNorm):
     ``(N, C)`` an instance is a single value, so the mixture is of the others alone. With ``synchronised=True`` the
     batch moments are those of all processes of ``process_group``."""
 
+    initial = TrackedNorm.initial | {"mean_gate": 0.0, "var_gate": 0.0}
     mean_gate: Tensor
     var_gate: Tensor
 

@@ -54,6 +54,8 @@ class TrackedNorm(nn.Module):
     averages: ClassVar[Literal["variance", "deviation"]] = "variance"
     """What the running average is of: the biased variance, or its root with eps inside."""
     statistics: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    initial: ClassVar[dict[str, float]] = {"weight": 1.0, "bias": 0.0}
+    """Parameters that are the same number everywhere at first."""
     synchronised: bool = False
     """Whether train mode takes the batches of all processes of ``process_group`` (``None``: of all) as one."""
     process_group: Any = None
@@ -94,6 +96,21 @@ class TrackedNorm(nn.Module):
 
     def _more_parameters(self, where: dict[str, Any]) -> None:
         """Register a layer's own parameters, between the affine and the statistics."""
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Make the statistics, in place, those of a new layer: mean 0, variance 1, no batches."""
+        for name, value in zip(self.statistics, (0, 1, 0), strict=True):
+            if (buffer := getattr(self, name)) is not None:
+                buffer.fill_(value)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make parameters and statistics, in place, those of a new layer, as behind ``to_empty``."""
+        self.reset_running_stats()
+        for name, value in self.initial.items():
+            if (parameter := getattr(self, name)) is not None:
+                parameter.fill_(value)
 
     def synchronise(self, synchronised: bool, process_group: Any) -> None:
         """Take the options of the layers that can pool the batches of several processes."""

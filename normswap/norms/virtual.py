@@ -98,6 +98,12 @@ class VirtualBatchNorm(TrackedNorm):
         return normalize(x, partial(joined, eps=self.eps), *given)[0]
 
     @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Make it, in place, a layer that never saw a reference batch."""
+        super().reset_running_stats()
+        self.reference_size.zero_()
+
+    @torch.no_grad()
     def collect(self, mean: Tensor, var: Tensor, samples: int) -> None:
         """Keep the moments of a reference batch, each ``(C,)``."""
         assert self.running_mean is not None

@@ -55,6 +55,13 @@ class Standardized:
         super().__init__(*args, **kwargs)
         self.equip(eps, torch.ones(len(self.weight), dtype=torch.float64) if gain else None)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, in place, as the plain convolution does; the gain becomes 1."""
+        super().reset_parameters()  # type: ignore[misc]
+        if (gain := getattr(self, "gain", None)) is not None:  # The plain constructor calls this before there is one.
+            gain.fill_(1.0)
+
     def equip(self, eps: float, gain: Tensor | None) -> None:
         """Set eps, and the gain as a parameter on the weight's device, of its dtype, trained as it is; in place."""
         self.eps = eps
