@@ -73,7 +73,10 @@ class Form:
 
     def fresh(self) -> Form:
         """The form of a new layer."""
-        made = {name: torch.full_like(t.detach(), self.neutral.get(name, 0.0)) for name, t in self.tensors.items()}
+        made = {}
+        for name, old in self.tensors.items():
+            new = torch.full_like(old.detach(), self.neutral.get(name, 0.0))
+            made[name] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         return replace(self, **made)
 
     def output(self, x: Tensor, norm: Norm, eps: float, training: bool) -> Tensor:

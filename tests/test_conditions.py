@@ -276,6 +276,14 @@ class TestEvery:
                 outputs.append(each(X))
         assert torch.equal(*outputs)
 
+    def test_a_layer_that_is_reset_as_itself(self, kind: str) -> None:
+        model, wanted = self.made(kind), convert(Net(), kind, **KINDS[kind][2]).norm.state_dict()
+        reset = convert(model, kind, init="reset").norm
+        assert all(torch.equal(value, wanted[name].to(value.dtype)) for name, value in reset.state_dict().items())
+        assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in reset.parameters())
+        still = convert(model.requires_grad_(False), kind, init="reset").norm
+        assert not any(p.requires_grad for p in still.parameters())
+
     def test_nothing_given(self, kind: str) -> None:
         need = KINDS[kind][0]
         with pytest.raises(
