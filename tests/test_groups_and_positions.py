@@ -99,6 +99,14 @@ class TestLearnedGroups:
         harden(module)
         assert distance(module(X), affine(whitened(X, (1, 2, 3)), module)) < 1e-10
 
+    def test_a_choice_made_when_cold_is_the_same_when_loaded_warm(self) -> None:
+        module = randomise(LearnedGroupNorm2d(8, groups=4).double())
+        module.temperature = 0.1
+        module.harden()
+        other = LearnedGroupNorm2d(8, groups=4).double()
+        other.load_state_dict(module.state_dict())
+        assert distance(other(X), module(X)) < 1e-12
+
     def test_channels_learn_their_group(self) -> None:
         """Channels of two kinds, interleaved; the loss asks that each keep what sets it off within its kind."""
         generator = torch.Generator().manual_seed(0)

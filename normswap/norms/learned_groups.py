@@ -111,9 +111,11 @@ class LearnedGroupNorm(TrackedNorm):
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Give each channel to the group of its greatest share, in place, and stop learning it."""
+        """Give each channel to the group of its greatest share, in place, and stop learning it.
+
+        The choice is in the logits, for any temperature up to 1 or that of now: a state dict has no temperature."""
         chosen = nn.functional.one_hot(self.logits.argmax(1), self.logits.shape[1])
-        self.logits.copy_(chosen.to(self.logits.dtype) * HARD * self.temperature)
+        self.logits.copy_(chosen.to(self.logits.dtype) * HARD * max(self.temperature, 1.0))
         self.logits.requires_grad_(False)
 
     def extra_repr(self) -> str:
