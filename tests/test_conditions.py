@@ -114,6 +114,13 @@ class TestConditional:
         with condition(module, label=share):
             assert distance(module(X), whitened(X, (2, 3)) * channel(weight, X) + channel(bias, X)) < 1e-10
 
+    def test_autocast_rounds_no_blend(self) -> None:
+        module, x = randomise(ConditionalNorm2d(8, classes=3, over="instance")), X.float()
+        with condition(module, label=torch.tensor([0.1, 0.2, 0.7])):
+            wanted = module(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert distance(module(x), wanted) < 1e-6
+
     def test_there_and_back(self) -> None:
         batch = bent(nn.BatchNorm2d(8)).eval()
         plan = plan_convert(nn.Sequential(batch), "conditional", classes=3)

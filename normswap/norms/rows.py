@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.adopt import parameter
+from normswap.norms.passes import fine, rounded
 from normswap.spec import Norm
 
 
@@ -60,4 +61,7 @@ def chosen(rows: Tensor | None, choice: Tensor) -> Tensor | None:
     if rows is None:
         return None
     choice = choice.to(rows.device)
-    return choice.to(rows.dtype) @ rows if choice.is_floating_point() else rows[choice]
+    if not choice.is_floating_point():
+        return rows[choice]
+    dtype = fine(rows.device) if rounded(rows.device) else rows.dtype  # Autocast would round the product.
+    return (choice.to(dtype) @ rows.to(dtype)).to(rows.dtype)
