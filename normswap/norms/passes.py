@@ -140,10 +140,6 @@ class Passes:
         total, product = self.small(total), self.small(product)
         return total, product + total * self.base()
 
-    def room(self, x: Tensor) -> Tensor:
-        """Memory for a result like ``x``."""
-        return torch.empty_like(x)
-
     def behind(self) -> int | Tensor:
         """Values behind each moment, at least 1."""
         return max(self.count, 1)
@@ -249,10 +245,6 @@ class NativePasses(Passes):
                 count, [False, True, True],
             )  # fmt: skip
         return self.small(total).to(self.fine), self.small(product).to(self.fine)
-
-    def room(self, x: Tensor) -> Tensor:
-        out, self.normalized = self.normalized, None
-        return torch.empty_like(x) if out is None else out
 
     def combine(
         self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None
