@@ -70,7 +70,7 @@ class BatchPointwise(Pointwise):
     By hand, with :math:`e = g n / d` where :math:`u > 1`, else 0: the gradient by :math:`a` is :math:`g n`, by
     :math:`o` it is :math:`-a e`, by :math:`s` it is :math:`-a e x`, and by :math:`x` it is :math:`a (g / d - s e)`."""
 
-    buffers = 3
+    buffers = 2
     times = 2
 
     def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
@@ -86,13 +86,12 @@ class BatchPointwise(Pointwise):
         self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         slope, own, scale, _ = factors
-        above, inverse, product = room
-        scaled(x, slope, own, above)
-        torch.clamp_min(above, 1, out=inverse).reciprocal_()
-        torch.mul(grad, inverse, out=out)
+        divisor, product = room
+        scaled(x, slope, own, divisor).clamp_(min=1)
+        torch.div(grad, divisor, out=out)
         torch.mul(out, x, out=product)
         by_scale = product.sum(1, keepdim=True)
-        torch.ops.aten.threshold_backward.grad_input(product.mul_(inverse), above, 1, grad_input=product)
+        torch.ops.aten.threshold_backward.grad_input(product.div_(divisor), divisor, 1, grad_input=product)
         by_own = product.sum(1, keepdim=True)
         out.addcmul_(product, slope, value=-1)
         by_slope = product.mul_(x).sum(1, keepdim=True)
