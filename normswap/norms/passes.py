@@ -40,7 +40,7 @@ def fine(device: torch.device) -> torch.dtype:
 
 def unrounded(device: torch.device) -> AbstractContextManager[object]:
     """Where autocast is on, without it: it would round the products of float32 matrices to 16 bits."""
-    on = torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
