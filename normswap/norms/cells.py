@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, rounded, scaled, wide
+from normswap.norms.passes import Passes, fine, rounded, scaled, whole_products, wide
 from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0
@@ -64,8 +64,7 @@ class CellPasses(Passes):
         self.limit *= LARGER
         self.scratch = x.new_empty(0, dtype=self.wide)
         narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
-        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-        exactly = x.device.type == "cpu" and precision in ("none", "ieee")
+        exactly = x.device.type == "cpu" and whole_products()
         self.by_product = narrow and exactly
         # Of narrow maps there are so many cells that float64 would cost more than the passes. Of cells whose means are
         # not large against their spread, nothing is lost.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.adopt import like
+from normswap.norms.gradient import Gradient
 from normswap.norms.group import group_count
 from normswap.norms.moments import Moments
 from normswap.norms.momentum import Momentum
@@ -69,7 +70,7 @@ class BatchPointwise(Pointwise):
     By hand, with :math:`e = g n / d` where :math:`u > 1`, else 0: the gradient by :math:`a` is :math:`g n`, by
     :math:`o` it is :math:`-a e`, by :math:`s` it is :math:`-a e x`, and by :math:`x` it is :math:`a (g / d - s e)`."""
 
-    buffers = 3
+    buffers = 2
     times = 2
 
     def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
@@ -85,27 +86,59 @@ class BatchPointwise(Pointwise):
         self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         slope, own, scale, _ = factors
-        above, inverse, product = room
-        scaled(x, slope, own, above)
-        torch.clamp_min(above, 1, out=inverse).reciprocal_()
-        torch.mul(grad, inverse, out=out)
+        divisor, product = room
+        scaled(x, slope, own, divisor).clamp_(min=1)
+        torch.div(grad, divisor, out=out)
         torch.mul(out, x, out=product)
         by_scale = product.sum(1, keepdim=True)
-        torch.ops.aten.threshold_backward.grad_input(product.mul_(inverse), above, 1, grad_input=product)
+        torch.ops.aten.threshold_backward.grad_input(product.div_(divisor), divisor, 1, grad_input=product)
         by_own = product.sum(1, keepdim=True)
         out.addcmul_(product, slope, value=-1)
         by_slope = product.mul_(x).sum(1, keepdim=True)
         return -by_slope * scale, -by_own * scale, by_scale, grad.sum(1, keepdim=True)
 
 
-def sample_factors(
-    moments: Moments, slope: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, groups: int
-) -> Factors:
+@dataclass(frozen=True)
+class SampleFactors:
     """The slope, the scale behind the sigmoid and the shift."""
-    _, var = moments.over_channels(groups)
-    inverse = torch.rsqrt(var + eps).unsqueeze(2).expand(-1, -1, moments.mean.shape[1] // groups).flatten(1)
-    scale, shift = _affine(moments, weight, bias)
-    return Factors((slope.to(var.dtype), inverse * scale, shift))
+
+    eps: float
+    groups: int
+
+    def __call__(self, moments: Moments, slope: Tensor, weight: Tensor | None, bias: Tensor | None) -> Factors:
+        _, var = moments.over_channels(self.groups)
+        inverse = torch.rsqrt(var + self.eps).unsqueeze(2).expand(-1, -1, moments.mean.shape[1] // self.groups)
+        scale, shift = _affine(moments, weight, bias)
+        return Factors((slope.to(var.dtype), inverse.flatten(1) * scale, shift))
+
+    def by_hand(
+        self, moments: Moments, slope: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Factors, Gradient]:
+        r"""For :math:`r = (V + \varepsilon)^{-1/2}`, :math:`V = \frac1K \sum_c (v_c + d_c^2)`, :math:`d_c = m_c - M` of
+        the :math:`K` channels of a group, gradients :math:`g` by the scales :math:`r w_c` and
+        :math:`e = -\frac{r^3}{2K} \sum_c g_c w_c`, those by :math:`w_c, v_c, m_c` are :math:`\sum_n g_c r`, :math:`e`
+        and :math:`2 e d_c`."""
+        scale, shift = _affine(moments, weight, bias)
+        cut = (self.groups, moments.mean.shape[1] // self.groups)
+        apart = moments.mean.unflatten(1, cut)
+        apart = apart - apart.mean(2, keepdim=True)
+        var = torch.addcmul(moments.var.unflatten(1, cut), apart, apart).mean(2, keepdim=True)
+        inverse, each = var.add_(self.eps).rsqrt_(), scale.expand(moments.mean.shape[1]).view(cut)
+
+        def gradient(by_slope: Tensor, by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
+            grad = by_scale.unflatten(1, cut)
+            by_weight = None if weight is None else (grad * inverse).sum(0).flatten().to(weight.dtype)
+            by_var = (grad * each).sum(2, keepdim=True).mul_(inverse.pow(3)).mul_(-0.5 / cut[1])
+            by_mean = (by_var * apart).mul_(2).flatten(1)
+            by_bias = None if bias is None else by_shift.sum(0).to(bias.dtype)
+            spread = by_var.expand_as(apart).flatten(1)
+            return by_mean, spread, by_slope.sum(0).to(slope.dtype), by_weight, by_bias
+
+        return Factors((slope.to(shift.dtype), (inverse * each).flatten(1), shift)), gradient
+
+
+FLAT = 1e-6
+"""Slopes smaller than that are not divided by."""
 
 
 class SamplePointwise(Pointwise):
@@ -123,7 +156,11 @@ class SamplePointwise(Pointwise):
 
     def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
         slope, scale, shift = factors
-        scaled(torch.mul(x, slope, out=out).sigmoid_().mul_(x), scale, shift, out)
+        torch.mul(x, slope, out=out)
+        if bool(slope.abs().min() > FLAT):
+            scaled(torch.ops.aten.silu_(out), scale / slope, shift, out)
+        else:
+            scaled(out.sigmoid_().mul_(x), scale, shift, out)
 
     def backward(
         self, x: Tensor, grad: Tensor, factors: tuple[Tensor, ...], out: Tensor, room: tuple[Tensor, ...]
@@ -206,7 +243,7 @@ class EvoNormS0(_EvoNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        function = partial(sample_factors, eps=self.eps, groups=self.groups)
+        function = SampleFactors(self.eps, self.groups)
         return transform(x, function, SamplePointwise(), self.slope, self.weight, self.bias)[0]
 
     def extra_repr(self) -> str:

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normswap.norms.gradient import Made, with_gradient
 from normswap.norms.passes import Passes, fine, passes, unrounded, wide
 from normswap.norms.processes import Across
 
@@ -79,6 +80,10 @@ class Coefficients(NamedTuple):
     shift: Tensor
     seen: tuple[Tensor, ...] = ()
     """What the layer wants back, detached: the moments for its running statistics."""
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
 
 
 def affine(
@@ -141,7 +146,8 @@ def _normalize(
     if _plainly(x, (floor, *tensors)):
         return _plain(x, function, parts, floor, *tensors)
     if not torch.is_grad_enabled():
-        return _run(x, function, parts, floor, tensors, graph=False)[:2]
+        out, _, _, small = _run(x, function, parts, floor, tensors, [False] * (1 + len(tensors)))
+        return out, small.seen
     out, *seen = _Normalize.apply(x, function, parts, floor, *tensors)  # type: ignore[no-untyped-call]
     return out, tuple(seen)
 
@@ -205,38 +211,23 @@ def plain(x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tenso
     return (centred * scale + offset).to(x.dtype).reshape(x.shape), tuple(each.detach() for each in seen)
 
 
-@dataclass(frozen=True)
-class _Small:
-    """The ``(N, C)`` part of one call, and the graph that autograd made of it."""
-
-    over: Passes
-    mean: Tensor
-    var: Tensor
-    leaves: list[Tensor | None]
-    scale: Tensor
-    shift: Tensor
-
-
 def _run(
     x: Tensor,
     function: Function,
     parts: Parts | None,
     floor: Tensor | None,
     tensors: tuple[Tensor | None, ...],
-    graph: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], _Small]:
+    needed: Sequence[bool],
+) -> tuple[Tensor, Passes, Moments, Made]:
     over = passes(x) if parts is None else parts.passes(x)
     dense = over.dense(x)
     with unrounded(x.device):
-        mean, var = (moment.requires_grad_(graph and x.requires_grad) for moment in over.measure(dense))
-    leaves = [t if t is None else t.detach().requires_grad_(graph and t.requires_grad) for t in tensors]
-    with unrounded(x.device), torch.set_grad_enabled(graph):
-        scale, shift, seen = getattr(function, "by_hand", function)(Moments(mean, var, over.count), *leaves)
-        scale, shift = scale.expand_as(mean), shift.expand_as(mean)
-    out = over.affine(dense, scale.detach(), shift.detach())
+        moments = Moments(*over.measure(dense), over.count)
+        small = with_gradient(function, moments, tensors, needed)
+    out = over.affine(dense, *small.values)
     if floor is not None:
         torch.maximum(out, _each(floor.detach(), out), out=out)
-    return out, tuple(each.detach().clone() for each in seen), _Small(over, mean, var, leaves, scale, shift)
+    return out, over, moments, small
 
 
 class _Normalize(torch.autograd.Function):
@@ -246,12 +237,12 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, function: Function, parts: Parts | None, floor: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        leaf = x.detach().requires_grad_(x.requires_grad)
-        out, seen, small = _run(leaf, function, parts, floor, tensors, graph=True)
-        ctx.mark_non_differentiable(*seen)
+        asked = ctx.needs_input_grad
+        out, over, moments, small = _run(x.detach(), function, parts, floor, tensors, (asked[0], *asked[4:]))
+        ctx.mark_non_differentiable(*small.seen)
         ctx.save_for_backward(x, floor, *tensors)
-        ctx.how, ctx.small = (function, parts), small
-        return (out, *seen)
+        ctx.how, ctx.small = (function, parts), (over, moments.mean, small)
+        return (out, *small.seen)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,9 +254,8 @@ class _Normalize(torch.autograd.Function):
         x, floor, *tensors = ctx.saved_tensors
         if looked_into(gradients[0]):
             return again(ctx, lambda: _plain(x, *ctx.how, floor, *tensors)[0], x, (floor, *tensors), gradients[0])
-        small: _Small = ctx.small
-        over, mean, var = small.over, small.mean, small.var
-        scale, shift = small.scale.detach(), small.shift.detach()
+        over, mean, small = ctx.small
+        scale, shift = small.values
         dense, grad = over.dense(x), over.dense(gradients[0])
         own = whole = None
         if floor is not None:
@@ -274,23 +264,11 @@ class _Normalize(torch.autograd.Function):
             grad = torch.ops.aten.threshold_backward.grad_input(grad, own, 0, grad_input=own)
         total, product = over.sums(dense, grad)
         by_floor = None if whole is None else (whole - total.sum(0)).to(floor.dtype)
-        outputs = [(out, g) for out, g in ((small.scale, product), (small.shift, total)) if out.requires_grad]
-        found = small_gradients(outputs, (mean, var, *small.leaves))
+        by_mean, by_var, *others = small.gradient(product, total)
         dx = None
         if ctx.needs_input_grad[0]:
-            slope, level = over.passed_on(mean, found.get(id(mean)), found.get(id(var)))
-            dx = over.combine(dense, grad, scale, slope, level, own)
-        return dx, None, None, by_floor, *(None if t is None else found.get(id(t)) for t in small.leaves)
-
-
-def small_gradients(outputs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    """By ``id``, the gradients of those of ``inputs`` that have one, from those of ``outputs``."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    if not outputs or not wanted:
-        return {}
-    made, given = zip(*outputs, strict=True)
-    grads = torch.autograd.grad(made, wanted, given, retain_graph=True, allow_unused=True)
-    return {id(t): g for t, g in zip(wanted, grads, strict=True) if g is not None}
+            dx = over.combine(dense, grad, scale, *over.passed_on(mean, by_mean, by_var), own)
+        return dx, None, None, by_floor, *others
 
 
 def looked_into(gradient: Tensor) -> bool:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import has_space, is_instance, like
 from normswap.norms.cells import Cells
+from normswap.norms.gradient import Gradient
 from normswap.norms.inputs import check_input
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
-from normswap.norms.pyramid import ByHand, kept_pyramid, mixed, pyramid
+from normswap.norms.pyramid import factors, kept_pyramid, mixed, pyramid
 from normswap.norms.tracked import TrackedNorm, assemble, fields
 from normswap.registry import builds, reads
 from normswap.spec import GATE_TOLERANCE, SPACE, Form, Norm
@@ -71,20 +72,29 @@ class Mixture:
 
     def by_hand(
         self, moments: Moments, mean_gate: Tensor, var_gate: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Coefficients:
-        """The same, to be differentiated once."""
+    ) -> tuple[Coefficients, Gradient]:
         mean, var, shares = self._given(moments, mean_gate, var_gate)
         others = kept_pyramid(tuple(self.space), self.scales, mean.dtype, mean.device)
-        weight, bias = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
-        scale, shift = ByHand.apply(mean, var, shares, weight, bias, others, self.eps)  # type: ignore[no-untyped-call]
-        return self._made(moments, scale, shift)
+        times, plus = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+        scale, shift, behind = factors(mean, var, shares, times, plus, others, self.eps)
+
+        def gradient(by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
+            by_mean, by_var, by_shares, *rest = behind(self._cells(by_scale), self._cells(by_shift))
+            gates = torch.ops.aten._softmax_backward_data(by_shares, shares, 1, shares.dtype)
+            return *self._made(moments, by_mean, by_var).values, *gates, *rest
+
+        return self._made(moments, scale, shift), gradient
 
     @staticmethod
     def _given(moments: Moments, mean_gate: Tensor, var_gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Moments as ``(cells, N, C)`` and the shares of the scales."""
-        mean, var = (moment.flatten(2).permute(2, 0, 1) for moment in (moments.mean, moments.var))
+        mean, var = (Mixture._cells(moment) for moment in (moments.mean, moments.var))
         shares = torch.stack((mean_gate, var_gate)).to(mean.dtype).softmax(1)
         return mean, var, shares
+
+    @staticmethod
+    def _cells(values: Tensor) -> Tensor:
+        return values.flatten(2).permute(2, 0, 1)
 
     @staticmethod
     def _made(moments: Moments, *factors: Tensor) -> Coefficients:

@@ -43,6 +43,12 @@ def rounded(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def whole_products() -> bool:
+    """Whether torch multiplies float32 matrices on a CPU as they are. Asked for so, as torch has its newer names."""
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return precision in ("none", "ieee")
+
+
 def unrounded(device: torch.device) -> AbstractContextManager[object]:
     """Where autocast is on, without it."""
     return torch.autocast(device.type, enabled=False) if rounded(device) else nullcontext()
@@ -143,10 +149,6 @@ class Passes:
             product[part].add_(self.centred(rows[part, piece], part).mul_(given).sum(1, keepdim=True))
         total, product = self.small(total), self.small(product)
         return total, product + total * self.base()
-
-    def room(self, x: Tensor) -> Tensor:
-        """Memory for a result like ``x``."""
-        return torch.empty_like(x)
 
     def behind(self) -> int | Tensor:
         """Values behind each moment, at least 1."""
@@ -253,10 +255,6 @@ class NativePasses(Passes):
                 count, [False, True, True],
             )  # fmt: skip
         return self.small(total).to(self.fine), self.small(product).to(self.fine)
-
-    def room(self, x: Tensor) -> Tensor:
-        out, self.normalized = self.normalized, None
-        return torch.empty_like(x) if out is None else out
 
     def combine(
         self, x: Tensor, grad: Tensor, scale: Tensor, slope: Tensor, level: Tensor, out: Tensor | None = None

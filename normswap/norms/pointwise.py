@@ -8,7 +8,10 @@ with :math:`c_i` of shape ``(N, C)`` and :math:`h` applied to each value by itse
 kept; the backward pass computes :math:`h` again and its derivatives by hand, block by block in a CPU's cache: the
 sums :math:`\sum g\, \partial h / \partial c_i`, which ordinary autograd takes through :math:`f`, and
 :math:`g\, \partial h / \partial x`. A second pass adds what :math:`m` and :math:`v` pass on to ``x``, as in the other
-core."""
+core.
+
+Since ``h`` is of ``x`` itself, moments need no shift where means are not large against the spread: on a CPU they are
+taken from plain sums, and again with care where these show that they lost something."""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.norms.moments import Moments, _empty, _plainly, again, looked_into, measured, small_gradients
-from normswap.norms.passes import Passes, passes
+from normswap.norms.gradient import with_gradient
+from normswap.norms.moments import Moments, _empty, _plainly, again, looked_into, measured
+from normswap.norms.passes import NativePasses, Passes, passes
 
 
 class Factors(NamedTuple):
@@ -31,7 +35,8 @@ class Factors(NamedTuple):
 
 
 Small = Callable[..., Factors]
-"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments."""
+"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments. With a method ``by_hand`` it
+brings its gradient: see :mod:`normswap.norms.gradient`."""
 
 
 class Pointwise:
@@ -92,43 +97,42 @@ class _Transform(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, function: Small, pointwise: Pointwise, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        asked = ctx.needs_input_grad
         over = passes(x)
         dense = over.dense(x.detach())
-        needed = any(ctx.needs_input_grad)
-        mean, var = (each.requires_grad_(ctx.needs_input_grad[0]) for each in over.measure(dense))
-        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        with torch.set_grad_enabled(needed):
-            values, seen = function(Moments(mean, var, over.count), *leaves)
-            values = tuple(each.expand_as(mean) for each in values)
-        out = over.room(dense)
-        _made(over, pointwise, dense, values, out)
-        found = tuple(each.detach().clone() for each in seen)
-        ctx.mark_non_differentiable(*found)
+        cut = _Cut(over, over.rows(dense))
+        found = _plain_moments(over, cut, dense)
+        moments = Moments(*(over.measure(dense) if found is None else found), over.count)
+        small = with_gradient(function, moments, tensors, (asked[0], *asked[3:]))
+        out = _made(over, cut, pointwise, dense, small.values)
+        ctx.mark_non_differentiable(*small.seen)
         ctx.save_for_backward(x, *tensors)
         ctx.functions = function, pointwise
-        ctx.small = over, mean, var, leaves, values
-        return (out, *found)
+        ctx.small = over, cut, found is not None, moments.mean, small
+        return (out, *small.seen)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         if looked_into(gradients[0]):
             return again(ctx, lambda: plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
-        over, mean, var, leaves, values = ctx.small
+        over, cut, near, mean, small = ctx.small
         pointwise: Pointwise = ctx.functions[1]
         dense, grad = over.dense(x), over.dense(gradients[0])
-        direct, sums = _blockwise(over, pointwise, dense, grad, values, ctx.needs_input_grad[0])
-        outputs = [(out, g) for out, g in zip(values, sums, strict=True) if out.requires_grad]
-        found = small_gradients(outputs, (mean, var, *leaves))
-        dx = None
-        if direct is not None:
-            slope, level = over.passed_on(mean, found.get(id(mean)), found.get(id(var)))
-            scale = torch.ones_like(mean) if pointwise.times is None else values[pointwise.times].detach()
-            dx = over.combine(dense, direct, scale, slope, level, direct)
-        return dx, None, None, *(None if t is None else found.get(id(t)) for t in leaves)
+        dx = torch.empty_like(dense) if ctx.needs_input_grad[0] else None
+        sums = _differentiated(over, cut, pointwise, dense, grad, small.values, dx)
+        by_mean, by_var, *others = small.gradient(*sums)
+        if dx is not None:
+            times = torch.ones_like(mean) if pointwise.times is None else small.values[pointwise.times]
+            slope, level = over.passed_on(mean, by_mean, by_var)
+            if near:
+                _pass_on(over, cut, dense, dx, times, slope, level)
+            else:
+                over.combine(dense, dx, times, slope, level, dx)
+        return dx, None, None, *others
 
 
-LARGER = 4
+LARGER = 8
 """A block is so many times larger than in the passes: with so many operations on each, calling them weighs more than
 the way to a cache of a higher level."""
 
@@ -169,32 +173,64 @@ class _Cut:
         return block if block.dtype == self.wide else block.to(self.wide)
 
 
-def _made(over: Passes, pointwise: Pointwise, x: Tensor, values: tuple[Tensor, ...], out: Tensor) -> None:
-    """``h`` into ``out``."""
-    rows = over.rows(x)
-    cut = _Cut(over, rows)
-    targets, factors = cut.blocks(over.rows(out)), cut.factors([over.spread(each.detach()) for each in values])
+NEAR = 2.0
+"""Means of at most so many standard deviations: of others, sums of squares lose too much."""
+
+SHORT = 1 << 14
+"""Rows of more values are too long for torch's norms, which add up one value after another."""
+
+
+def _plain_moments(over: Passes, cut: _Cut, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance from plain sums and norms, on a CPU, unless that would lose something."""
+    if not isinstance(over, NativePasses) or over.last or over.count > SHORT:
+        return None
+    blocks = cut.blocks(over.rows(x))
+    sums = [(block.sum(1, keepdim=True), torch.linalg.vector_norm(block, dim=1, keepdim=True)) for block in blocks]
+    total, norm = (over.small(cut.total(each)) for each in zip(*sums, strict=True))
+    mean, square = total / over.count, norm.square() / over.count
+    var = torch.addcmul(square, mean, mean, value=-1)
+    return (mean, var) if bool((square <= (NEAR**2 + 1) * var).all()) else None
+
+
+def _made(over: Passes, cut: _Cut, pointwise: Pointwise, x: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+    """``h``."""
+    out = torch.empty_like(x)
+    targets, factors = cut.blocks(over.rows(out)), cut.factors([over.spread(each) for each in values])
     rooms = targets if out.dtype == over.wide else [room[0] for room in cut.rooms(targets, 1)]
-    for block, target, made, own in zip(cut.blocks(rows), targets, rooms, factors, strict=True):
+    for block, target, made, own in zip(cut.blocks(over.rows(x)), targets, rooms, factors, strict=True):
         pointwise.forward(cut.working(block), own, made)
         if made is not target:
             target.copy_(made)
+    return out
 
 
-def _blockwise(
-    over: Passes, pointwise: Pointwise, x: Tensor, grad: Tensor, values: tuple[Tensor, ...], direct: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient by ``x`` with the factors held, where it is asked for, and by each factor, ``(N, C)``."""
-    out = torch.empty_like(x) if direct else None
-    rows = over.rows(x)
-    cut = _Cut(over, rows)
-    blocks, grads, factors = cut.blocks(rows), cut.blocks(over.rows(grad)), [over.spread(e.detach()) for e in values]
+def _differentiated(
+    over: Passes,
+    cut: _Cut,
+    pointwise: Pointwise,
+    x: Tensor,
+    grad: Tensor,
+    values: tuple[Tensor, ...],
+    out: Tensor | None,
+) -> list[Tensor]:
+    """The gradient by ``x`` with the factors held into ``out``, where it is asked for; those by each factor,
+    ``(N, C)``."""
+    blocks, grads = cut.blocks(over.rows(x)), cut.blocks(over.rows(grad))
+    factors = cut.factors([over.spread(each) for each in values])
     rooms = cut.rooms(blocks, pointwise.buffers + (out is None or out.dtype != over.wide))
     targets = [None] * len(blocks) if out is None else cut.blocks(over.rows(out))
     sums = []
-    for block, given, target, room, own in zip(blocks, grads, targets, rooms, cut.factors(factors), strict=True):
+    for block, given, target, room, own in zip(blocks, grads, targets, rooms, factors, strict=True):
         made = target if target is not None and len(room) == pointwise.buffers else room[-1]
         sums.append(pointwise.backward(cut.working(block), cut.working(given), own, made, room[: pointwise.buffers]))
         if target is not None and made is not target:
             target.copy_(made)
-    return out, [over.small(cut.total(each)) for each in zip(*sums, strict=True)]
+    return [over.small(cut.total(each)) for each in zip(*sums, strict=True)]
+
+
+def _pass_on(over: Passes, cut: _Cut, x: Tensor, out: Tensor, times: Tensor, slope: Tensor, level: Tensor) -> None:
+    """``times * out + slope * x + level`` into ``out``; from the end, which is in the cache yet."""
+    targets, blocks = cut.blocks(over.rows(out)), cut.blocks(over.rows(x))
+    factors = cut.factors([over.spread(each) for each in (times, slope, level)])
+    for target, block, (scale, own, shift) in reversed(list(zip(targets, blocks, factors, strict=True))):
+        target.mul_(scale).addcmul_(block, own).add_(shift)

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import _plainly, again, looked_into
-from normswap.norms.passes import BLOCK, wide
+from normswap.norms.passes import BLOCK, unrounded, whole_products, wide
 
 OFF_CENTRE = 64.0
 """Means of more than so many standard deviations are subtracted twice: as the working precision has them, and then what
 is left of them."""
 
-LARGER = 4
+LARGER = 6
 """A block is so many times larger than in the passes, to have fewer of them."""
 
 
@@ -86,22 +86,48 @@ class _View:
         return found if self.last else found.unsqueeze(1)
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, ...]]:
+        """Places of all values, of ``first``, then of positions."""
         limit = LARGER * BLOCK * torch.get_num_threads()
         first, second, third = rows.shape
         length = second if self.last else third
-        within = max(1, min(length, limit // self.channels))
-        step = max(1, limit // (within * self.channels))
+        pieces = -(-length * self.channels // limit)
+        within = -(-length // pieces)
+        step = 1 if within * self.channels >= BLOCK else max(1, limit // (within * self.channels))
         for start in range(0, first, step):
             for begin in range(0, length, within):
                 piece = slice(begin, begin + within)
                 yield (slice(start, start + step), *((piece,) if self.last else (slice(None), piece)))
 
+    def each_position(self, rows: Tensor) -> Tensor:
+        """Room for a value of every position."""
+        return rows.new_empty(
+            (rows.shape[0], 1, rows.shape[2]) if not self.last else (*rows.shape[:2], 1), dtype=self.wide
+        )
+
+    def position(self, place: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where :meth:`each_position` has the positions of a block."""
+        return place if self.last else (place[0], slice(None), place[2])
+
     def mean(self, block: Tensor, weights: Tensor | None = None) -> Tensor:
         """Over the channels, of the block, or of its products with ``weights``."""
         if weights is None:
             return block.mean(self.axis, keepdim=True)
+        if not whole_products():
+            return (block * weights).mean(self.axis, keepdim=True)
         found = block @ weights.unsqueeze(1) if self.last else weights.t() @ block
         return found.div_(self.channels)
+
+
+class _Room:
+    """Memory for a block in the working precision, the same again and again."""
+
+    def __init__(self) -> None:
+        self.memory: Tensor | None = None
+
+    def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.memory is None or self.memory.numel() < block.numel():
+            self.memory = block.new_empty(block.numel(), dtype=dtype)
+        return self.memory[: block.numel()].view(block.shape)
 
 
 class _OverChannels(torch.autograd.Function):
@@ -113,24 +139,30 @@ class _OverChannels(torch.autograd.Function):
         dense = view.dense(x)
         out = torch.empty_like(dense)
         rows, target = view.rows(dense), view.rows(out)
-        times, plus = view.each(weight, 1.0), view.each(bias, 0.0)
+        times, plus, room = view.each(weight, 1.0), view.each(bias, 0.0), (_Room(), _Room())
+        means, inverses = (view.each_position(rows) for _ in range(2))
+        near = True
         for place in view.blocks(rows):
             result = target[place]
-            made = result if out.dtype == view.wide else torch.empty_like(result, dtype=view.wide)
-            _whiten(view, rows[place].to(view.wide), eps, centred, made)
+            made = result if out.dtype == view.wide else room[0].like(result, view.wide)
+            mean, inverse, good = _whiten(view, rows[place].to(view.wide), eps, centred, made, room[1])
+            near = near and good
+            if mean is not None:
+                means[view.position(place)] = mean
+            inverses[view.position(place)] = inverse
             if weight is not None:
                 made.mul_(times)
             if bias is not None:
                 made.add_(plus)
             if made is not result:
                 result.copy_(made)
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, *((means, inverses) if near else ()))
         ctx.options = eps, centred
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight, bias, *kept = ctx.saved_tensors
         eps, centred = ctx.options
         if looked_into(gradients[0]):
             return again(ctx, lambda: plain(x, weight, bias, eps, centred), x, (weight, bias), gradients[0])
@@ -140,16 +172,22 @@ class _OverChannels(torch.autograd.Function):
         rows, grads, target, times = view.rows(dense), view.rows(grad), view.rows(out), view.each(weight, 1.0)
         over = tuple(axis for axis in range(3) if axis != view.axis)
         by_weight, by_bias = torch.zeros(2, view.channels, dtype=torch.float64)
-        with torch.autocast("cpu", enabled=False):  # Which would round the products of matrices to 16 bits.
+        room = [_Room() for _ in range(3)]
+        with unrounded(x.device):
             for place in view.blocks(rows):
-                given, result = grads[place].to(view.wide), target[place]
-                normal = torch.empty_like(given)
-                inverse = _whiten(view, rows[place].to(view.wide), eps, centred, normal)
-                made = torch.mul(given, normal, out=result if out.dtype == view.wide else torch.empty_like(given))
+                given, result, block = grads[place].to(view.wide), target[place], rows[place].to(view.wide)
+                normal = room[0].like(given, view.wide)
+                if kept:
+                    mean, inverse = (each[view.position(place)] for each in kept)
+                    torch.mul(torch.sub(block, mean, out=normal) if centred else block, inverse, out=normal)
+                else:
+                    inverse = _whiten(view, block, eps, centred, normal, room[1])[1]
+                made = result if out.dtype == view.wide else room[2].like(given, view.wide)
+                torch.mul(given, normal, out=made)
                 by_weight += made.sum(over)
                 by_bias += given.sum(over)
-                normal.mul_(view.mean(made, times))
-                torch.mul(given, times, out=made).sub_(normal)
+                along = view.mean(made, times)
+                torch.mul(given, times, out=made).addcmul_(normal, along, value=-1)
                 if centred:
                     made.sub_(view.mean(given, times))
                 made.mul_(inverse)
@@ -162,23 +200,25 @@ class _OverChannels(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _whiten(view: _View, block: Tensor, eps: float, centred: bool, out: Tensor) -> Tensor:
-    """``n`` into ``out``; the inverse deviation of each position."""
+def _whiten(
+    view: _View, block: Tensor, eps: float, centred: bool, out: Tensor, room: _Room
+) -> tuple[Tensor | None, Tensor, bool]:
+    """``n`` into ``out``; the mean and the inverse deviation of each position, and whether that mean is all that was
+    subtracted."""
+    squares = room.like(block, view.wide)
     if not centred:
-        inverse = torch.rsqrt(view.mean(torch.mul(block, block, out=out)) + eps)
+        inverse = torch.rsqrt(view.mean(torch.mul(block, block, out=squares)) + eps)
         torch.mul(block, inverse, out=out)
-        return inverse
+        return None, inverse, True
     mean = view.mean(block)
     value = torch.sub(block, mean, out=out)
-    inverse = torch.rsqrt(view.mean(value.square()) + eps)
-    if _near(mean, inverse):
-        value.mul_(inverse)
-        return inverse
-    rest = view.mean(value)
-    value.sub_(rest)
-    inverse = torch.rsqrt(view.mean(value.square()) + eps)
+    inverse = torch.rsqrt(view.mean(torch.mul(value, value, out=squares)) + eps)
+    near = _near(mean, inverse)
+    if not near:
+        value.sub_(view.mean(value))
+        inverse = torch.rsqrt(view.mean(torch.mul(value, value, out=squares)) + eps)
     value.mul_(inverse)
-    return inverse
+    return mean, inverse, near
 
 
 def _near(mean: Tensor, inverse: Tensor) -> bool:

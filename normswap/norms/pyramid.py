@@ -19,18 +19,17 @@ over samples and cells; :math:`\dot M = -a \dot b`, :math:`\dot V = -\tfrac12 r^
 (Through :math:`c_s` in :math:`d_s` nothing comes back: :math:`A_s d_s = 0`.)
 
 The tensors are small, but there are many operations on them. So the cells come first in memory, channels last, where
-factors of channels stand side by side, and autograd is left out where nothing differentiates twice."""
+factors of channels stand side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normswap.norms.passes import fine
 
@@ -98,51 +97,49 @@ def mixed(mean: Tensor, var: Tensor, shares: Tensor, others: Sequence[Scale]) ->
     return total, spread
 
 
-class ByHand(torch.autograd.Function):
-    """``(scale, shift)``, each ``(cells, N, C)``: see the module's text. To be differentiated once.
+ByEach = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def factors(
+    mean: Tensor,
+    var: Tensor,
+    shares: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    others: Sequence[Scale],
+    eps: float,
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], ByEach]]:
+    """Scale and shift, each ``(cells, N, C)``, and their gradient by hand; see the module's text.
 
     ``mean``, ``var``: ``(cells, N, C)``; ``shares``: ``(2, K)``; ``weight``, ``bias``: ``(C,)`` or ``None``; all in one
-    dtype."""
+    dtype, and none with a graph. The gradient is by each of these."""
+    given, rows = mean.shape, (mean.shape[0], prod(mean.shape[1:]))
+    # The shares make 1, so a constant passes through, and without it less is lost to rounding.
+    level = mean.mean(0).nan_to_num(0.0, 0.0, 0.0)
+    mean, var = (mean - level).reshape(rows), var.reshape(rows)
+    total, spread = mean * shares[0, -1], var * shares[1, -1]
+    levels = []
+    for index, (average, back) in enumerate(others):
+        centre = average @ mean
+        apart = torch.addmm(mean, back, centre, alpha=-1)
+        around = average @ torch.addcmul(var, apart, apart)
+        total.addmm_(back * shares[0, index], centre)
+        spread.addmm_(back * shares[1, index], around)
+        levels.append((centre, apart, around))
+    inverse, total = spread.add_(eps).rsqrt_().view(given), total.view(given).add_(level)
+    scale = inverse if weight is None else inverse * weight
+    shift = (total * scale).neg_() if bias is None else torch.addcmul(bias, total, scale, value=-1)
 
-    @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, var: Tensor, shares: Tensor, weight: Tensor | None, bias: Tensor | None,
-        others: Sequence[Scale], eps: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        given, rows = mean.shape, (mean.shape[0], prod(mean.shape[1:]))
-        # The shares make 1, so a constant passes through, and without it less is lost to rounding.
-        level = mean.mean(0).nan_to_num(0.0, 0.0, 0.0)
-        mean, var = (mean - level).reshape(rows), var.reshape(rows)
-        total, spread = mean * shares[0, -1], var * shares[1, -1]
-        levels = []
-        for index, (average, back) in enumerate(others):
-            centre = average @ mean
-            apart = torch.addmm(mean, back, centre, alpha=-1)
-            around = average @ torch.addcmul(var, apart, apart)
-            total.addmm_(back * shares[0, index], centre)
-            spread.addmm_(back * shares[1, index], around)
-            levels += [centre, apart, around]
-        inverse, total = spread.add_(eps).rsqrt_().view(given), total.view(given).add_(level)
-        scale = inverse.clone() if weight is None else inverse * weight
-        shift = (total * scale).neg_() if bias is None else torch.addcmul(bias, total, scale, value=-1)
-        ctx.save_for_backward(mean, var, shares, weight, bias, total, inverse, scale, *levels)
-        ctx.others = others
-        return scale, shift
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
-        mean, var, shares, weight, bias, total, inverse, scale, *levels = ctx.saved_tensors
+    def gradient(by_scale: Tensor, by_shift: Tensor) -> ByEach:
         by_scale, by_shift = by_scale.contiguous(), by_shift.contiguous()
         along_scale = torch.addcmul(by_scale, total, by_shift, value=-1)
         by_weight = None if weight is None else (along_scale * inverse).sum((0, 1))
         by_bias = None if bias is None else by_shift.sum((0, 1))
-        by_total = (scale * by_shift).neg_().view_as(mean)
-        by_spread = along_scale.mul_(scale).mul_(inverse.square()).mul_(-0.5).view_as(mean)
+        by_total = (scale * by_shift).neg_().view(rows)
+        by_spread = along_scale.mul_(scale).mul_(inverse).mul_(inverse).mul_(-0.5).view(rows)
         by_mean, by_var = by_total * shares[0, -1], by_spread * shares[1, -1]
         gates = []
-        for index, (average, back) in enumerate(ctx.others):
-            centre, apart, around = levels[3 * index : 3 * index + 3]
+        for index, ((average, back), (centre, apart, around)) in enumerate(zip(others, levels, strict=True)):
             upper, lower = back.t() @ by_total, back.t() @ by_spread
             gates += [_dot(centre, upper), _dot(around, lower)]
             from_spread = (average.t() * shares[1, index]) @ lower
@@ -150,8 +147,9 @@ class ByHand(torch.autograd.Function):
             by_mean.addcmul_(apart, from_spread, value=2).addmm_(average.t() * shares[0, index], upper)
         gates += [_dot(mean, by_total), _dot(var, by_spread)]
         by_shares = torch.stack(gates).view(-1, 2).t()
-        shape = by_scale.shape
-        return by_mean.view(shape), by_var.view(shape), by_shares, by_weight, by_bias, None, None
+        return by_mean.view(given), by_var.view(given), by_shares, by_weight, by_bias
+
+    return scale, shift, gradient
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
