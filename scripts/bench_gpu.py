@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from normswap.norms.moments import plain
 from normswap.norms.passes import KernelPasses, passes
-from normswap.norms.switchable import SwitchableNorm2d, mixture
+from normswap.norms.switchable import Mixture, SwitchableNorm2d
 
 SHAPE = (64, 256, 56, 56)
 MOVED = 8
@@ -42,7 +42,7 @@ class Plain(SwitchableNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         tensors = (self.mean_gate, self.var_gate, self.weight, self.bias, None, None)
-        out, seen = plain(x, partial(mixture, eps=self.eps, instance=True), *tensors)
+        out, seen = plain(x, Mixture(self.eps, instance=True), *tensors)
         self.track(*seen)
         return out
 

@@ -140,14 +140,14 @@ class _OverChannels(torch.autograd.Function):
         out = torch.empty_like(dense)
         rows, target = view.rows(dense), view.rows(out)
         times, plus, room = view.each(weight, 1.0), view.each(bias, 0.0), (_Room(), _Room())
-        means, inverses = (view.each_position(rows) for _ in range(2))
+        means, inverses = view.each_position(rows) if centred else None, view.each_position(rows)
         near = True
         for place in view.blocks(rows):
             result = target[place]
             made = result if out.dtype == view.wide else room[0].like(result, view.wide)
             mean, inverse, good = _whiten(view, rows[place].to(view.wide), eps, centred, made, room[1])
             near = near and good
-            if mean is not None:
+            if means is not None and mean is not None:
                 means[view.position(place)] = mean
             inverses[view.position(place)] = inverse
             if weight is not None:
@@ -178,8 +178,9 @@ class _OverChannels(torch.autograd.Function):
                 given, result, block = grads[place].to(view.wide), target[place], rows[place].to(view.wide)
                 normal = room[0].like(given, view.wide)
                 if kept:
-                    mean, inverse = (each[view.position(place)] for each in kept)
-                    torch.mul(torch.sub(block, mean, out=normal) if centred else block, inverse, out=normal)
+                    means, inverse = kept[0], kept[1][view.position(place)]
+                    value = block if means is None else torch.sub(block, means[view.position(place)], out=normal)
+                    torch.mul(value, inverse, out=normal)
                 else:
                     inverse = _whiten(view, block, eps, centred, normal, room[1])[1]
                 made = result if out.dtype == view.wide else room[2].like(given, view.wide)

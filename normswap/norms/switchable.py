@@ -17,7 +17,7 @@ some 7e-4 and trains with SGD."""
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import like
+from normswap.norms.gradient import Gradient
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import TrackedNorm, assemble, check_flag, fields, pooled, together
@@ -34,39 +35,99 @@ from normswap.spec import MAP, SPACE, Norm, scale_shift
 GATE_GAP = 16.0
 
 
-def mixture(
-    moments: Moments,
-    mean_gate: Tensor,
-    var_gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    eps: float,
-    instance: bool,
-) -> Coefficients:
+@dataclass(frozen=True)
+class Mixture:
     """Scale and shift of a mixture of instance (unless an instance is one value), layer and, with three gates, batch
     moments; the running ones where they are given."""
-    dtype = moments.mean.dtype
-    sources = [(moments.mean, moments.var), moments.over_channels()]
-    seen: tuple[Tensor, ...] = ()
-    if len(mean_gate) == 3:
-        if running_mean is not None and running_var is not None:
-            sources.append((running_mean.to(dtype), running_var.to(dtype)))
-        else:
-            seen = moments.over_batch()
-            sources.append((seen[0], seen[1]))
-    gates = torch.stack((mean_gate, var_gate)).to(dtype)
-    if not instance:
-        sources, gates = sources[1:], gates[:, 1:]
-    shares = gates.softmax(1).flatten().unbind()
-    (mean, var), others = sources[0], sources[1:]
-    mean, var = mean * shares[0], var * shares[len(sources)]
-    for index, (other_mean, other_var) in enumerate(others, 1):
-        mean = torch.addcmul(mean, other_mean, shares[index])
-        var = torch.addcmul(var, other_var, shares[len(sources) + index])
-    return affine(mean, var, weight, bias, eps, seen)
+
+    eps: float
+    instance: bool
+
+    def __call__(
+        self,
+        moments: Moments,
+        mean_gate: Tensor,
+        var_gate: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> Coefficients:
+        sources, seen = self._sources(moments, len(mean_gate), running_mean, running_var)
+        mean, var = _mixed(sources, self._shares(mean_gate, var_gate, moments.mean.dtype))
+        return affine(mean, var, weight, bias, self.eps, seen)
+
+    def _sources(
+        self, moments: Moments, gates: int, running_mean: Tensor | None, running_var: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        """The means and variances that are mixed; what is seen of the batch."""
+        sources = [(moments.mean, moments.var)] if self.instance else []
+        sources.append(moments.over_channels())
+        if gates == 3 and running_mean is not None and running_var is not None:
+            sources.append((running_mean.to(moments.mean.dtype), running_var.to(moments.mean.dtype)))
+        elif gates == 3:
+            batch = moments.over_batch()
+            return [*sources, (batch[0], batch[1])], batch
+        return sources, ()
+
+    def _shares(self, mean_gate: Tensor, var_gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(2, K)``, of means and of variances."""
+        gates = torch.stack((mean_gate, var_gate)).to(dtype)
+        return (gates if self.instance else gates[:, 1:]).softmax(1)
+
+    def by_hand(
+        self,
+        moments: Moments,
+        mean_gate: Tensor,
+        var_gate: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+    ) -> tuple[Coefficients, Gradient]:
+        r"""For gradients :math:`\dot a, \dot b` by scale and shift, mixed moments :math:`M, V` and
+        :math:`r = (V + \varepsilon)^{-1/2}`: :math:`\dot w = \sum_n r\,(\dot a - M \dot b)`,
+        :math:`\dot M = -r w \dot b` and :math:`\dot V = -\tfrac12 r^3 w\,(\dot a - M \dot b)`. The sums of
+        :math:`\dot M, \dot V` over the :math:`P` instances that a source :math:`k` pools are the gradients by
+        :math:`\lambda_k m_k, \lambda'_k v_k`, and with :math:`p, q` for :math:`\lambda_k, \lambda'_k` times these over
+        :math:`P`, :math:`p + 2 q (m - m_k)` is passed on to :math:`m` and :math:`q` to :math:`v`."""
+        sources, seen = self._sources(moments, len(mean_gate), running_mean, running_var)
+        shares = self._shares(mean_gate, var_gate, moments.mean.dtype)
+        mean, var = _mixed(sources, shares)
+        inverse = torch.rsqrt(var + self.eps)
+        scale = inverse if weight is None else inverse * weight.to(inverse.dtype)
+        shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+
+        def gradient(by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
+            along = torch.addcmul(by_scale, mean, by_shift, value=-1)
+            by_weight = None if weight is None else (along * inverse).sum(0)
+            by_bias = None if bias is None else by_shift.sum(0)
+            given = torch.stack((by_shift.neg(), along.mul_(-0.5).mul_(inverse).mul_(inverse))).mul_(scale)
+            found = torch.zeros_like(given)  # By mean and by variance of each instance.
+            by_shares = []
+            axes = [None, 2, 1] if self.instance else [2, 1]  # Over which instances are pooled.
+            for own, share, axis in zip(sources, shares.unbind(1), axes, strict=False):
+                pooled = given if axis is None else given.sum(axis, keepdim=True)
+                by_shares.append((torch.stack(own).view_as(pooled) * pooled).sum((1, 2)))
+                if axis == 1 and not seen:  # Running moments are constants.
+                    continue
+                passed = pooled * (share / (1 if axis is None else given.shape[axis])).view(2, 1, 1)
+                found += passed
+                if axis is not None:
+                    found[0].addcmul_(moments.mean - own[0], passed[1], value=2)
+            gates = torch.ops.aten._softmax_backward_data(torch.stack(by_shares, 1), shares, 1, shares.dtype)
+            by_gates = (gates if self.instance else nn.functional.pad(gates, (1, 0))).unbind()
+            return *found.unbind(), *by_gates, by_weight, by_bias, None, None
+
+        return Coefficients(scale, shift, seen), gradient
+
+
+def _mixed(sources: list[tuple[Tensor, Tensor]], shares: Tensor) -> tuple[Tensor, Tensor]:
+    of_mean, of_var = (row.unbind() for row in shares.unbind())
+    mean, var = sources[0][0] * of_mean[0], sources[0][1] * of_var[0]
+    for (other_mean, other_var), one, other in zip(sources[1:], of_mean[1:], of_var[1:], strict=True):
+        mean, var = torch.addcmul(mean, other_mean, one), torch.addcmul(var, other_var, other)
+    return mean, var
 
 
 class SwitchableNorm(TrackedNorm):
@@ -109,7 +170,7 @@ class SwitchableNorm(TrackedNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        function = partial(mixture, eps=self.eps, instance=x.dim() > 2)
+        function = Mixture(self.eps, instance=x.dim() > 2)
         tensors = (self.mean_gate, self.var_gate, self.weight, self.bias, *self.running)
         out, seen = normalize(x, function, *tensors, across=self.across())
         if seen:
