@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from normswap import NormswapError, apply_recipe, plan_convert
 from normswap.norms import cells, moments, passes
 from normswap.norms.multiscale import MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d
+from normswap.norms.positional import PositionalNorm2d
 from tests.support import distance, randomise, sample
 from tests.test_layers import EPS, affine, whitened
 from tests.test_moments import arrange, saved_bytes
@@ -150,14 +151,15 @@ def test_compiled_under_autocast_gradients_are_not_rounded_either() -> None:
     torch.compiler.reset()
 
 
-def test_where_the_precision_of_products_was_set_by_the_newer_names() -> None:
+@pytest.mark.parametrize("make", [MultiscaleNorm2d, PositionalNorm2d])
+def test_where_the_precision_of_products_was_set_by_the_newer_names(make: Any) -> None:
     """torch.get_float32_matmul_precision raises there."""
-    module, x = MultiscaleNorm2d(4), sample(3, 4, 8, 8).float()
-    wanted = module(x)
+    module, x = make(4), sample(3, 4, 8, 8).float().requires_grad_()
+    wanted = torch.autograd.grad(module(x).sin().sum(), x)[0]
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert torch.equal(module(x), wanted)
+        assert torch.equal(torch.autograd.grad(module(x).sin().sum(), x)[0], wanted)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
