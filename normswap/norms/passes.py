@@ -44,9 +44,11 @@ def rounded(device: torch.device) -> bool:
 
 
 def whole_products() -> bool:
-    """Whether torch multiplies float32 matrices on a CPU as they are. Asked for so, as torch has its newer names."""
-    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    return precision in ("none", "ieee")
+    """Whether torch multiplies float32 matrices on a CPU as they are."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # Before torch 2.9; since then it refuses to be asked so where its newer names are set.
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("none", "ieee")
 
 
 def unrounded(device: torch.device) -> AbstractContextManager[object]:
