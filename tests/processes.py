@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # noqa: F401
 import typer.testing  # noqa: F401
