@@ -54,7 +54,7 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _one_wrapper_of_each_function() -> Iterator[None]:
     """A trace of FX puts a wrapper around each function of ``math``, and around some of other libraries, and makes all
-    of them anew: a third of the time of a small trace. They hold nothing but the function; here each is made once."""
+    of them anew: a sixth of the time of a small trace. They hold nothing but the function; here each is made once."""
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(_symbolic_trace, "_create_wrapped_func"):
             patch.setattr(_symbolic_trace, "_create_wrapped_func", cache(_symbolic_trace._create_wrapped_func))
