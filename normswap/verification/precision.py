@@ -94,8 +94,8 @@ def fixed_random(inputs: Any) -> Iterator[None]:
 
 
 def _seed_torch(seed: int) -> None:
-    """As ``torch.manual_seed``, which also keeps a traceback for each kind of device that there is not, and takes longer
-    for it than a small model for a call."""
+    """As ``torch.manual_seed``, which also keeps a traceback for each kind of device that there is not: that takes
+    longer than a call of a small model."""
     (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 
