@@ -34,7 +34,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SMALL = "torchvision mobilenet_v3_small"
+"""Becomes every kind; the others, which name their norms otherwise, every second one."""
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return randomise(MODELS[request.param]()).eval()
 
@@ -54,7 +58,11 @@ def run(*words: object, status: int = 0) -> Result:
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [(name, kind) for i, name in enumerate(MODELS) for j, kind in enumerate(KINDS) if name == SMALL or (i + j) % 2],
+    indirect=["model"],
+)
 def test_the_same_as_on_the_model(model: nn.Module, kind: str) -> None:
     surgery = plan_keys(memory(model.state_dict()), kind)
     real = normswap.plan_convert(model, kind)
