@@ -76,13 +76,6 @@ def merged(
     assert sum(ran.values()) == rest, ran
     for other in (copy.deepcopy(folded), *([pickle.loads(pickle.dumps(folded))] if pickles else [])):
         assert torch.equal(other(x.clone()), folded(x.clone()))
-    subject = copy.deepcopy(model)
-    inplace = normswap.plan_fold(subject, merge_branches=True, **arguments)
-    mark = picture(subject)
-    assert inplace.apply(inplace=True) is subject
-    same(model, subject, x)
-    inplace.undo()
-    assert not mark.differences(subject)
     if "example_inputs" not in arguments and not plan.skips:
         fresh = normswap.apply_recipe(copy.deepcopy(model), json.loads(json.dumps(plan.recipe)))
         fresh.load_state_dict({name: tensor.clone() for name, tensor in folded.state_dict().items()}, strict=True)
@@ -90,6 +83,10 @@ def merged(
     restored = plan.undo()
     assert torch.equal(restored(x.clone()), model(x.clone()))
     assert restored.state_dict().keys() == model.state_dict().keys()
+    assert plan.apply(inplace=True) is model
+    same(restored, model, x)
+    plan.undo()
+    assert not before.differences(model)
     return plan
 
 
@@ -343,8 +340,8 @@ def test_sums(name: str) -> None:
     add, children = SUMS[name]
     model = randomised(Block(add, **{key: make() for key, make in children.items()}))
     dims = {"one dimension": 1, "three dimensions": 3}.get(name, 2)
-    for size in (6, 7):
-        plan = merged(model, image(2, 6, *[size] * dims), pickles=False)
+    plan = merged(model, image(2, 6, *[6] * dims), pickles=False)
+    same(model, plan.apply(), image(2, 6, *[7] * dims))
     assert len(plan.merges) == 1
     assert not plan.notes
 
@@ -381,15 +378,14 @@ class RepPlain(nn.Module):
         return self.dense(x) + self.point(x)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 1, 1), (6,), (1,), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("shape", "inplace"),
+    [((6, 1, 1), False), ((1, 6, 1, 1), True), ((6,), True), ((1,), False), ((1,), True), ((1, 1, 1), False)],
+)
 def test_nested_blocks_merge_at_the_outermost_sum(shape: tuple[int, ...], inplace: bool) -> None:
     model, x = randomised(nn.Sequential(Scaled(shape, inplace=inplace), nn.ReLU())), image(2, 6, 8, 8)
     if shape == (1,) and not inplace:
         model[0].scale.gamma.data.fill_(-0.3)
-    plan = normswap.plan_fold(model, merge_branches=True)
-    if shape == (1,):  # is given a view of four axes
-        assert [merge.holder for merge in plan.merges] == ["0"]
     plan = merged(model, x)
     (merge,) = plan.merges
     assert (merge.holder, merge.host) == ("0", "0.mixer.dense.0")

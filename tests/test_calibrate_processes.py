@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from normswap import calibrate, convert, recalibrate
 from normswap.calibration import plan_groups
+from tests.processes import launch
 from tests.support import distance, randomise, sample
 
 WORLD = 3
@@ -68,7 +68,7 @@ def process(rank: int, folder: str) -> None:
 def test_processes_agree_with_one() -> None:
     expected = everything(network(), [0, 1, 2, 3, 4, 5])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, args=(folder,), nprocs=WORLD)
+        launch(process, WORLD, folder)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
     for results, _ in found:
         for state in results.values():

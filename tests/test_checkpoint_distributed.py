@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -31,6 +30,7 @@ from normswap import checkpoint
 from normswap.checkpoints.distributed import NAME
 from normswap.cli import app
 from normswap.errors import NormswapError
+from tests.processes import launch
 from tests.support import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed", "ignore::FutureWarning:torch")
@@ -257,7 +257,7 @@ def test_several_processes_write_what_one_writes(tmp_path: Path) -> None:
         for each in free:
             each.bind(("localhost", 0))
         ports = tuple(each.getsockname()[1] for each in free)
-    mp.spawn(in_a_job, (tmp_path, ports), nprocs=WORLD)
+    launch(in_a_job, WORLD, tmp_path, ports)
     source, outputs = tmp_path / "sharded", [tmp_path / "one", tmp_path / "four"]
     assert len(list(source.glob("*.distcp"))) == WORLD
     result = command("convert", source, "--to", "batch_instance", "-o", f"{outputs[0]}/")

@@ -117,8 +117,8 @@ def test_the_input_is_never_touched(kind: str) -> None:
     model.block1.bn1.register_forward_hook(lambda *_: None)
     before = picture(model)
     for arguments in ({}, {"example_inputs": (X,)}, {"init": "reset"}):
-        convert(model, kind, **arguments)
-        plan_convert(model, kind, **arguments)
+        plan = plan_convert(model, kind, **arguments)
+        assert plan.apply() is not model
     assert before.differences(model) == []
 
 

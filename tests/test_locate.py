@@ -108,10 +108,15 @@ MODULES = {
 def test_a_module_is_named(name: str, folded: bool) -> None:
     model = network()
     base = normswap.fold(model) if folded else model
-    assert verify(model, base, IMAGE, backend="eager")
     found = place(verify(model, faulty(base, MODULES[name]), IMAGE, backend="eager"))
     assert (found.name, found.cause, found.run, found.detail) == (name, "model", "eager", "")
     assert any(layer.name == name and (layer.excess is None or layer.excess > 1) for layer in found.around)
+
+
+def test_nothing_is_named_where_nothing_is_wrong() -> None:
+    model = network()
+    for base in (model, normswap.fold(model)):
+        assert not verify(model, base, IMAGE, backend="eager").locations
 
 
 NORM_FAULTS: dict[str, Callable[[Any], object]] = {
@@ -121,8 +126,13 @@ NORM_FAULTS: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["stem.1", "blocks.2.bn2", "late", "forwards.0"])
-@pytest.mark.parametrize("fault", [*NORM_FAULTS, "lost"])
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("stem.1", "mean"), ("stem.1", "lost"), ("blocks.2.bn2", "sign"), ("blocks.2.bn2", "mean"),
+        ("late", "eps"), ("late", "sign"), ("forwards.0", "lost"), ("forwards.0", "eps"),
+    ],
+)  # fmt: skip
 def test_a_norm_is_named(name: str, fault: str) -> None:
     model = network()
 
@@ -194,43 +204,54 @@ def test_other_structure_is_no_obstacle() -> None:
     assert place(found).name == "parts.c"
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The network and its fold as files."""
+    pytest.importorskip("onnxruntime")
+    folder, model = tmp_path_factory.mktemp("files"), network()
+    return {
+        name: normswap.export(each, folder / f"{name}.onnx", IMAGE, optimize=False, dynamic=True)
+        for name, each in (("plain", model), ("folded", normswap.fold(model)))
+    }
+
+
+def edited(source: Path, path: Path, change: Callable[[Any], object]) -> Path:
+    import onnx
+
+    proto = onnx.load(source)
+    change(proto)
+    onnx.save(proto, path)
+    return path
+
+
+def multiplied(name: str, factor: float, rows: slice = slice(None)) -> Callable[[Any], None]:
+    """Changes a weight of a file; as :func:`negate` with -1 and one row."""
+    from onnx import numpy_helper
+
+    def change(proto: Any) -> None:
+        (value,) = (value for value in proto.graph.initializer if value.name == name)
+        array = numpy_helper.to_array(value).copy()
+        array[rows] *= factor
+        value.CopyFrom(numpy_helper.from_array(array, name))
+
+    return change
+
+
 class TestFiles:
     """An ``.onnx`` file, run by ONNX Runtime."""
 
-    @pytest.fixture
-    def model(self) -> nn.Module:
-        pytest.importorskip("onnxruntime")
-        return network()
-
-    def exported(self, model: nn.Module, path: Path, change: Callable[[Any], object] | None = None) -> Path:
-        import onnx
-
-        normswap.export(model, path, IMAGE, optimize=False, dynamic=True)
-        if change is not None:
-            proto = onnx.load(path)
-            change(proto)
-            onnx.save(proto, path)
-        return path
-
-    def test_a_weight(self, model: nn.Module, tmp_path: Path) -> None:
-        from onnx import numpy_helper
-
-        def change(proto: Any) -> None:
-            for value in proto.graph.initializer:
-                if value.name == "blocks.2.conv1.weight":
-                    value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value) * 1.01, value.name))
-
-        folded = normswap.fold(model)
-        assert verify(model, self.exported(folded, tmp_path / "right.onnx"), IMAGE)
-        path = self.exported(folded, tmp_path / "wrong.onnx", change)
+    def test_a_weight(self, files: dict[str, Path], tmp_path: Path) -> None:
+        model = network()
+        assert verify(model, files["folded"], IMAGE)
+        path = edited(files["folded"], tmp_path / "wrong.onnx", multiplied("blocks.2.conv1.weight", 1.01))
         found = place(verify(model, path, IMAGE))
         assert (found.name, found.kind, found.cause) == ("blocks.2.conv1", "Conv2d", "model")
         assert found.run == "onnxruntime, graph optimizations off"
         assert found.detail.endswith("(Conv)")
-        between_files = place(verify(tmp_path / "right.onnx", path, IMAGE))
+        between_files = place(verify(files["folded"], path, IMAGE))
         assert between_files.name == "blocks.2.conv1"
 
-    def test_a_node_that_is_gone(self, model: nn.Module, tmp_path: Path) -> None:
+    def test_a_node_that_is_gone(self, files: dict[str, Path], tmp_path: Path) -> None:
         """Nothing in the file bears its name: what reads it has another value of the reference for input."""
 
         def change(proto: Any) -> None:
@@ -239,8 +260,8 @@ class TestFiles:
                 other.input[:] = [node.input[0] if name == node.output[0] else name for name in other.input]
             proto.graph.node.remove(node)
 
-        for number, base in enumerate((model, normswap.fold(model))):
-            found = place(verify(model, self.exported(base, tmp_path / f"{number}.onnx", change), IMAGE))
+        for name, source in files.items():
+            found = place(verify(network(), edited(source, tmp_path / f"{name}.onnx", change), IMAGE))
             assert (found.name, found.kind) == ("stem.2", "ReLU")
             assert found.detail.startswith("left out in front of")
 
@@ -249,11 +270,11 @@ class TestFiles:
         pytest.importorskip("onnxruntime")
         torch.manual_seed(0)
         model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 70)).eval(), (torch.randn(2, 5, 6),)
+        source = normswap.export(model, tmp_path / "right.onnx", x, optimize=False)
         for name in ("0", "2"):
             for field in ("weight", "bias"):
-                wrong = faulty(model, lambda m, name=name, field=field: negate(getattr(m.get_submodule(name), field)))
-                path = normswap.export(wrong, tmp_path / f"{name}{field}.onnx", x, optimize=False)
-                found = place(verify(model, path, x))
+                change = multiplied(f"{name}.{field}", -1, slice(1, 2))
+                found = place(verify(model, edited(source, tmp_path / f"{name}{field}.onnx", change), x))
                 assert (found.name, found.kind) == (name, "Linear")
                 assert found.detail.startswith("node ")
 
@@ -273,9 +294,10 @@ class TestFiles:
         pytest.importorskip("onnxruntime")
         torch.manual_seed(0)
         model = Halves().eval()
+        source = normswap.export(model, tmp_path / "right.onnx", IMAGE, optimize=False, dynamic=True)
         for name in ("first", "left", "last"):
-            wrong = faulty(model, lambda m, name=name: negate(m.get_submodule(name).weight))
-            assert place(verify(model, self.exported(wrong, tmp_path / f"{name}.onnx"), IMAGE)).name == name
+            path = edited(source, tmp_path / f"{name}.onnx", multiplied(f"{name}.weight", -1, slice(1, 2)))
+            assert place(verify(model, path, IMAGE)).name == name
 
     def test_a_loop_between_files(self, tmp_path: Path) -> None:
         """What runs inside a node reads values around it, so the node alone proves nothing against the runtime."""
@@ -305,33 +327,26 @@ class TestFiles:
         found = place(verify(loop(1.5), loop(1.6), x))
         assert (found.name, found.kind, found.cause, found.detail) == ("", "Loop", "model", "node loop (Loop)")
 
-    def test_the_exporter(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_exporter(self, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
         """An exporter that writes another graph than the module computes."""
-        import onnx
-
         from normswap.verification import compare
 
-        plain = compare.export
-
-        def wrong(module: nn.Module, path: Path, *args: Any, **options: Any) -> Path:
-            plain(module, path, *args, **options)
-            proto = onnx.load(path)
+        def change(proto: Any) -> None:
             pool = next(node for node in proto.graph.node if node.op_type == "AveragePool")
             pool.op_type = "MaxPool"
             for attribute in [a for a in pool.attribute if a.name == "count_include_pad"]:
                 pool.attribute.remove(attribute)
-            onnx.save(proto, path)
-            return path
 
-        monkeypatch.setattr(compare, "export", wrong)
+        model = network()
+        monkeypatch.setattr(compare, "export", lambda module, path, *_, **__: edited(files["plain"], path, change))
         found = place(verify(model, copy.deepcopy(model), IMAGE))
         assert (found.name, found.cause) == ("pool", "exporter")
         assert found.run == "onnxruntime, graph optimizations off"
 
-    def test_the_runtime(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_runtime(self, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """A kernel that computes something else than ONNX says: its value is wrong, and so is the output."""
-        path = self.exported(model, tmp_path / "a.onnx")
-        right, wrong = path, self.exported(faulty(model, lambda m: negate(m.head.weight)), tmp_path / "b.onnx")
+        right = files["plain"]
+        wrong = edited(right, tmp_path / "wrong.onnx", multiplied("head.weight", -1, slice(1, 2)))
         run = Graph._run
 
         def broken(self: Graph, wanted: Any, *, optimized: bool) -> dict[str, Any]:
@@ -341,10 +356,11 @@ class TestFiles:
             return values
 
         monkeypatch.setattr(Graph, "_run", broken)
-        found = place(verify(model, wrong, IMAGE))
+        found = place(verify(network(), wrong, IMAGE))
         assert (found.name, found.cause) == ("head", "runtime")
 
-    def test_graph_optimizations(self, model: nn.Module) -> None:
+    def test_graph_optimizations(self) -> None:
+        pytest.importorskip("onnxruntime")
         from tests.test_peers_folding import MatMulTransposeNorm
 
         torch.manual_seed(0)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +23,7 @@ from normswap.norms.batch_instance import BatchInstanceNorm2d
 from normswap.norms.renorm import BatchRenorm2d
 from normswap.norms.switchable import SwitchableNorm, SwitchableNorm2d
 from normswap.norms.sync import SyncBatchNorm
+from tests.processes import launch
 from tests.support import DOUBLE, distance, randomise, sample
 
 BOUND = 1e-10
@@ -220,14 +220,13 @@ def others(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> Callable[[int], list[dict[Any, Any]]]:
-    mp.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])  # imported once for all processes
     found: dict[int, list[dict[Any, Any]]] = {}
 
     def of(world: int) -> list[dict[Any, Any]]:
         if world not in found:
             found[world] = []  # Launched once, if it fails too.
             with tempfile.TemporaryDirectory() as folder:
-                mp.start_processes(process, args=(folder, world), nprocs=world, start_method="forkserver")
+                launch(process, world, folder, world)
                 found[world] = [torch.load(Path(folder) / str(rank)) for rank in range(world)]
         assert found[world], "the processes failed"
         return found[world]

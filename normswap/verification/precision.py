@@ -84,13 +84,19 @@ def fixed_random(inputs: Any) -> Iterator[None]:
     states = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+            _seed_torch(0)
             random.seed(0)
             numpy.random.seed(0)
             yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
+
+
+def _seed_torch(seed: int) -> None:
+    """As ``torch.manual_seed``, which also keeps a traceback for each kind of device that there is not: that takes
+    longer than a call of a small model."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
 
 
 def call(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
