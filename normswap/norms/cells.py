@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, rounded, scaled, whole_products, wide
+from normswap.norms.passes import Passes, fine, portion, rounded, scaled, whole_products, wide
 from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0
@@ -115,13 +115,13 @@ class CellPasses(Passes):
         """Every value once; none that is empty."""
         outer, inner = rows.shape[0], rows.shape[-1]
         if self.even:
-            within = max(1, self.limit // (rows[0, 0].numel()))
-            step = max(1, self.limit // rows[0].numel())
+            within = portion(self.parts, rows[0, 0].numel(), self.limit)
+            step = portion(outer, rows[0].numel(), self.limit)
             for start, begin in product(range(0, outer, step), range(0, self.parts, within)):
                 place = slice(start, start + step), slice(begin, begin + within)
                 yield 0, place, place
             return
-        step = max(1, self.limit // (prod(self.lead) * inner))
+        step = portion(outer, prod(self.lead) * inner, self.limit)
         cuts = list(product(*(slices(length, self.parts) for length in self.lead)))
         for start, (number, (first, *others)) in product(range(0, outer, step), enumerate(cuts)):
             each = prod(cut.stop - cut.start for cut in others) * inner

@@ -56,6 +56,12 @@ def unrounded(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if rounded(device) else nullcontext()
 
 
+def portion(whole: int, each: int, limit: int) -> int:
+    """How many of ``whole`` things of ``each`` values make a block of about ``limit``, all blocks alike: a small one at
+    the end would take as many calls as the others."""
+    return max(1, -(-whole // max(1, round(whole * each / limit))))
+
+
 def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """``scale block + shift`` into ``out``, which may be ``block``; torch is faster in two steps where each row has a
     factor: where the last axis of the factors is 1."""
@@ -105,8 +111,8 @@ class Passes:
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, slice]]:
         """Slices of ``P`` and of ``L``."""
         outer, length, inner = rows.shape
-        step = max(1, self.limit // (length * inner))
-        within = length if length * inner <= self.limit else max(1, self.limit // inner)
+        step = portion(outer, length * inner, self.limit)
+        within = length if length * inner <= self.limit else portion(length, inner, self.limit)
         for i in range(0, outer, step):
             for j in range(0, length, within):
                 yield slice(i, i + step), slice(j, j + within)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from normswap.norms.gradient import with_gradient
 from normswap.norms.moments import Moments, _empty, _plainly, again, looked_into, measured
-from normswap.norms.passes import NativePasses, Passes, passes
+from normswap.norms.passes import NativePasses, Passes, passes, portion
 
 
 class Factors(NamedTuple):
@@ -141,13 +141,13 @@ class _Cut:
     """How tensors ``(P, L, Q)`` are cut into blocks, each a part of ``P`` or of one of its rows."""
 
     def __init__(self, over: Passes, rows: Tensor) -> None:
-        _, length, inner = rows.shape
+        outer, length, inner = rows.shape
         limit = LARGER * over.limit
         self.wide, self.fine = over.wide, over.fine
-        self.step = max(1, limit // (length * inner))
-        self.within = length if length * inner <= limit else max(1, limit // inner)
+        self.step = portion(outer, length * inner, limit)
+        self.within = length if length * inner <= limit else portion(length, inner, limit)
         self.count = -(-length // self.within)
-        self.size = min(rows.numel(), max(limit, inner))
+        self.size = self.step * self.within * inner
 
     def blocks(self, rows: Tensor) -> list[Tensor]:
         return [block for part in rows.split(self.step) for block in part.split(self.within, 1)]

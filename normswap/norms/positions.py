@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import _plainly, again, looked_into
-from normswap.norms.passes import BLOCK, unrounded, whole_products, wide
+from normswap.norms.passes import BLOCK, portion, unrounded, whole_products, wide
 
 OFF_CENTRE = 64.0
 """Means of more than so many standard deviations are subtracted twice: as the working precision has them, and then what
@@ -90,9 +90,8 @@ class _View:
         limit = LARGER * BLOCK * torch.get_num_threads()
         first, second, third = rows.shape
         length = second if self.last else third
-        pieces = -(-length * self.channels // limit)
-        within = -(-length // pieces)
-        step = 1 if within * self.channels >= BLOCK else max(1, limit // (within * self.channels))
+        within = portion(length, self.channels, limit)
+        step = 1 if within * self.channels >= BLOCK else portion(first, within * self.channels, limit)
         for start in range(0, first, step):
             for begin in range(0, length, within):
                 piece = slice(begin, begin + within)
