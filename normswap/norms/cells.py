@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, portion, rounded, scaled, whole_products, wide
+from normswap.norms.passes import Passes, fine, portion, rounded, scaled, unrounded, whole_products, wide
 from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0
@@ -66,6 +66,7 @@ class CellPasses(Passes):
         narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
         exactly = x.device.type == "cpu" and whole_products()
         self.by_product = narrow and exactly
+        self.inside = members(self.tail, parts, self.scratch).t().contiguous() if self.by_product else self.scratch
         # Of narrow maps there are so many cells that float64 would cost more than the passes. Of cells whose means are
         # not large against their spread, nothing is lost.
         self.exact = self.wide if self.by_product else self.fine
@@ -87,7 +88,10 @@ class CellPasses(Passes):
         if self.last:
             values = values.movedim(1, -1)
         lead, axes = self.parts ** len(self.lead), range(len(self.lead))
-        if self.tail and self.tail % self.parts == 0:
+        if self.by_product and bool(values.sum().isfinite()):
+            with unrounded(values.device):
+                values = values.reshape(-1, self.parts) @ self.inside
+        elif self.tail and self.tail % self.parts == 0:
             values = values.reshape(-1, lead, self.parts, 1, self.inner)
             values = values.expand(-1, -1, -1, self.tail // self.parts, -1)
         elif self.tail:
@@ -153,7 +157,7 @@ class CellPasses(Passes):
     def _products(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
         """:meth:`summed` of maps ``(P, parts, L / parts, R)``; the cells come first in memory."""
         outer, parts, height, width = rows.shape
-        inside = members(width, parts, rows.new_empty(0, dtype=self.wide)).t().repeat(1, height)
+        inside = self.inside.repeat(1, height)
         totals = [rows.new_empty((parts, outer * parts), dtype=self.wide) for _ in range(2)]
         for _, place, (first, second) in self.places(rows):
             for total, term in zip(totals, terms(0, place, (first, second)), strict=True):
