@@ -50,6 +50,13 @@ class TestPositional:
         assert distance(out, wanted) < 1e-5
         assert distance(deviation, x.double().std(1, correction=0, keepdim=True)) < 1e-5
 
+    def test_large_means_compiled(self) -> None:
+        x = (sample(3, 64, 4, 4) * 1e-2 + 1e4).float()
+        for layer in (PositionalNorm2d(64, eps=1e-9), ChannelLayerNorm(64, eps=1e-9)):
+            compiled = torch.compile(layer, backend="eager", fullgraph=True)
+            assert distance(compiled(x), whitened(x.double(), (1,), 1e-9)) < 1e-5
+        torch.compiler.reset()
+
     def test_it_is_layer_normalization_over_channels(self) -> None:
         layer = randomise(ChannelLayerNorm(8).double())
         plan = plan_convert(nn.Sequential(layer), "positional")

@@ -20,8 +20,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from normswap.norms.arithmetic import fine, rounded, unrounded, whole_products, wide
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, fine, portion, rounded, scaled, unrounded, whole_products, wide
+from normswap.norms.passes import Passes, portion, scaled
 from normswap.norms.pyramid import along, members, positions
 
 OFF_CENTRE = 4.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +47,9 @@ class ChannelLayerNorm(nn.LayerNorm):
         if can(input, self.weight, self.bias):
             return over_channels(input, self.weight, self.bias, self.eps)
         moved = input.movedim(1, -1)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # torch rounds means as the input's dtype has them; of large ones that shows. Compiled, this costs no pass.
+            moved = moved - moved.detach().mean(-1, keepdim=True)
         return F.layer_norm(moved, self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
 
 

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normswap.norms.arithmetic import fine, unrounded, wide
 from normswap.norms.gradient import Made, with_gradient
-from normswap.norms.passes import Passes, fine, passes, unrounded, wide
+from normswap.norms.passes import Passes, passes
 from normswap.norms.processes import Across
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normswap.norms.arithmetic import unrounded, whole_products, wide
 from normswap.norms.moments import _plainly, again, looked_into
-from normswap.norms.passes import BLOCK, portion, unrounded, whole_products, wide
+from normswap.norms.passes import BLOCK, portion
 
 OFF_CENTRE = 64.0
 """Means of more than so many standard deviations are subtracted twice: as the working precision has them, and then what

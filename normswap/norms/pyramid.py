@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normswap.norms.passes import fine
+from normswap.norms.arithmetic import fine
 
 
 def members(length: int, parts: int, like: Tensor) -> Tensor:

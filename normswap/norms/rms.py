@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normswap.norms.adopt import adopt_affine
+from normswap.norms.arithmetic import wide
 from normswap.norms.inputs import check_input
 from normswap.norms.layer import Over, pooling
 from normswap.norms.moments import Coefficients, Moments, normalize
-from normswap.norms.passes import wide
 from normswap.norms.positions import can, over_channels
 from normswap.registry import builds, reads
 from normswap.spec import MAP, POSITION, Norm

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normswap.norms.adopt import parameter
-from normswap.norms.passes import fine, rounded
+from normswap.norms.arithmetic import fine, rounded
 from normswap.spec import Norm
 
 
