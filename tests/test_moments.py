@@ -281,3 +281,21 @@ class TestMoments:
         mean, var = moments.over_channels(2)
         assert distance(mean, grouped.mean((2, 3, 4))) < 1e-12
         assert distance(var, grouped.var((2, 3, 4), correction=0)) < 1e-12
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_rows_that_plain_sums_would_lose(share: int) -> None:
+    """Rows of large means, constant rows and infinite ones, few among others and most of all."""
+    x = sample(4, 8, 10, 10).float()
+    x[:share, 1] = x[:share, 1] * 1e-2 + 0.5
+    x[:share, 3] = 7.0
+    x[:share, 5, 0, 0] = float("inf")
+    over = passes.passes(x)
+    assert type(over) is passes.NativePasses
+    mean, var = over.measure(x)
+    exact = x.double().flatten(2)
+    lost = exact.isinf().any(2)
+    assert bool(var[lost].isnan().all() or var[lost].isinf().all())
+    assert distance(mean[~lost], exact.mean(2)[~lost]) < 1e-6
+    assert float((var / exact.var(2, correction=0) - 1).abs()[~lost & (exact.var(2) > 0)].max()) < 2e-6
+    assert float(var[:share, 3].max()) < 1e-12

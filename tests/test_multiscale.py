@@ -57,7 +57,7 @@ def test_gradients_of_even_and_uneven_cells(
 ) -> None:
     """By hand those of the plain operations; the second time with means that are shifted away."""
     monkeypatch.setattr(passes, "BLOCK", limit)
-    monkeypatch.setattr(cells, "LARGER", 1)
+    monkeypatch.setattr(cells.CellPasses, "larger", 1)
     module = randomise(MultiscaleNorm(shape[1], scales=(1, 2, 4)).double())
     for mean in (0.0, 100.0):
         x = arrange(sample(*shape) + mean, layout).detach().requires_grad_()

@@ -34,10 +34,6 @@ def slices(length: int, parts: int) -> list[slice]:
     return [slice(*pair) for pair in pairwise(starts)]
 
 
-LARGER = 4
-"""A block is so many times larger than in the other passes: calls for smaller ones take longer than the way to a cache
-of a higher level."""
-
 NARROW = 48
 """Rows of fewer values are too short for torch's sums over the other axes."""
 
@@ -49,6 +45,8 @@ class CellPasses(Passes):
     channels behind it), a tensor is seen as ``(P, parts, L / parts, ..., R)`` if ``parts`` divides the other axes, and
     else as ``(P, L, ..., R)``, of which slabs are cut. A place is a slab's number, where its values are, and where
     its factors and sums."""
+
+    larger = 4
 
     def __init__(self, x: Tensor, parts: int) -> None:
         super().__init__(x)
@@ -62,7 +60,6 @@ class CellPasses(Passes):
         self.slabs = 1 if self.even else parts ** len(self.lead)
         self.cells = (parts,) * len(space)
         self.centre: Tensor | None = None
-        self.limit *= LARGER
         self.scratch = x.new_empty(0, dtype=self.wide)
         narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
         exactly = x.device.type == "cpu" and whole_products()

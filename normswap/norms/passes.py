@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ kernels a factor r in rounding; those for channels last in memory also add up th
 
 SAMPLE = 1 << 14
 """Values in a sample from which one call for each sample pays."""
+
+NEAR = 2.0
+"""Means of at most so many standard deviations: of others, sums of squares lose too much."""
+
+SHORT = 1 << 14
+"""Rows of more values are too long for torch's norms, which add up one value after another."""
 
 
 def portion(whole: int, each: int, limit: int) -> int:
@@ -46,12 +53,15 @@ def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
 class Passes:
     """Passes over tensors of the shape and memory layout of ``x``, of any floating dtype."""
 
+    larger: ClassVar[int] = 1
+    """Blocks are so many times larger, where calls for smaller ones take longer than the way to a higher cache."""
+
     def __init__(self, x: Tensor) -> None:
         self.samples, self.channels = x.shape[:2]
         self.count = x.numel() // (self.samples * self.channels)
         self.last = x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
         self.wide, self.fine = wide(x.dtype), fine(x.device)
-        self.limit = BLOCK * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
+        self.limit = self.larger * BLOCK * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
         self.shift: Tensor
 
     def dense(self, tensor: Tensor) -> Tensor:
@@ -166,13 +176,15 @@ class NativePasses(Passes):
 
     ``measure`` finds out whether they do; where not, all is done as in :class:`Passes`."""
 
+    larger = 4
+
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
         self.plainly = True
         self.normalized: Tensor | None = None
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = self._by_sample(x) if self.last else self._by_row(x)
+        mean, var = self._by_sample(x) if self.last else self._by_sums(x) or self._by_row(x)
         self.plainly = bool((mean.square() <= OFF_CENTRE[self.last] ** 2 * var).all())
         if not self.plainly:
             self.normalized = None
@@ -184,6 +196,25 @@ class NativePasses(Passes):
         moments = [torch.batch_norm_update_stats(as_map(row), None, None, 0.0) for row in rows]
         mean, var = (torch.stack(each).to(self.fine) for each in zip(*moments, strict=True))
         return mean, var
+
+    def _by_sums(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Plain sums, of squares too, and with care for the few rows that lose by it; ``None`` where they are many."""
+        if self.count > SHORT:
+            return None
+        rows = x.view(-1, self.count)
+        mean = rows.sum(1).to(self.fine) / self.count
+        square = torch.linalg.vector_norm(rows, dim=1).to(self.fine).square_() / self.count
+        var = torch.addcmul(square, mean, mean, value=-1)
+        lost = (square <= (NEAR**2 + 1) * var).logical_not_().nonzero().squeeze(1)  # Not a number, too.
+        if 4 * len(lost) > len(rows):
+            return None
+        if len(lost):
+            some = rows[lost]
+            rest = some - some.mean(1, keepdim=True)
+            left = rest.mean(1).to(self.fine)
+            mean[lost] = some.mean(1).to(self.fine) + left
+            var[lost] = rest.square_().mean(1).to(self.fine) - left.square()
+        return self.small(mean), self.small(var.clamp_(min=0))
 
     def _by_row(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tiny = 1e-20  # Finite for a constant channel, and nothing beside the variance of any other.
@@ -243,8 +274,11 @@ class NativePasses(Passes):
         if not self.plainly:
             return super().combine(x, grad, scale, slope, level, out)
         out = torch.empty_like(grad) if out is None else out
-        self._affine(grad, scale, level, out)
-        self.rows(out).addcmul_(self.rows(x), self.spread(slope))
+        rows, grads, target = self.rows(x), self.rows(grad), self.rows(out)
+        scale, slope, level = (self.spread(each) for each in (scale, slope, level))
+        for part, piece in reversed(list(self.blocks(rows))):  # What was read last for the sums is in the cache yet.
+            made = scaled(grads[part, piece], scale[part], level[part], target[part, piece])
+            made.addcmul_(rows[part, piece], slope[part])
         return out
 
 

@@ -8,10 +8,7 @@ with :math:`c_i` of shape ``(N, C)`` and :math:`h` applied to each value by itse
 kept; the backward pass computes :math:`h` again and its derivatives by hand, block by block in a CPU's cache: the
 sums :math:`\sum g\, \partial h / \partial c_i`, which ordinary autograd takes through :math:`f`, and
 :math:`g\, \partial h / \partial x`. A second pass adds what :math:`m` and :math:`v` pass on to ``x``, as in the other
-core.
-
-Since ``h`` is of ``x`` itself, moments need no shift where means are not large against the spread: on a CPU they are
-taken from plain sums, and again with care where these show that they lost something."""
+core."""
 
 from __future__ import annotations
 
@@ -101,14 +98,15 @@ class _Transform(torch.autograd.Function):
         over = passes(x)
         dense = over.dense(x.detach())
         cut = _Cut(over, over.rows(dense))
-        found = _plain_moments(over, cut, dense)
-        moments = Moments(*(over.measure(dense) if found is None else found), over.count)
+        moments = Moments(*over.measure(dense), over.count)
         small = with_gradient(function, moments, tensors, (asked[0], *asked[3:]))
         out = _made(over, cut, pointwise, dense, small.values)
         ctx.mark_non_differentiable(*small.seen)
         ctx.save_for_backward(x, *tensors)
         ctx.functions = function, pointwise
-        ctx.small = over, cut, found is not None, moments.mean, small
+        if isinstance(over, NativePasses):
+            over.normalized = None
+        ctx.small = over, cut, moments.mean, small
         return (out, *small.seen)
 
     @staticmethod
@@ -116,7 +114,7 @@ class _Transform(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         if looked_into(gradients[0]):
             return again(ctx, lambda: plain(x, *ctx.functions, *tensors)[0], x, tensors, gradients[0])
-        over, cut, near, mean, small = ctx.small
+        over, cut, mean, small = ctx.small
         pointwise: Pointwise = ctx.functions[1]
         dense, grad = over.dense(x), over.dense(gradients[0])
         dx = torch.empty_like(dense) if ctx.needs_input_grad[0] else None
@@ -124,17 +122,12 @@ class _Transform(torch.autograd.Function):
         by_mean, by_var, *others = small.gradient(*sums)
         if dx is not None:
             times = torch.ones_like(mean) if pointwise.times is None else small.values[pointwise.times]
-            slope, level = over.passed_on(mean, by_mean, by_var)
-            if near:
-                _pass_on(over, cut, dense, dx, times, slope, level)
-            else:
-                over.combine(dense, dx, times, slope, level, dx)
+            over.combine(dense, dx, times, *over.passed_on(mean, by_mean, by_var), dx)
         return dx, None, None, *others
 
 
 LARGER = 8
-"""A block is so many times larger than in the passes: with so many operations on each, calling them weighs more than
-the way to a cache of a higher level."""
+"""A block is so many times larger than the smallest of the passes, with so many operations on each."""
 
 
 class _Cut:
@@ -142,7 +135,7 @@ class _Cut:
 
     def __init__(self, over: Passes, rows: Tensor) -> None:
         outer, length, inner = rows.shape
-        limit = LARGER * over.limit
+        limit = over.limit // over.larger * LARGER
         self.wide, self.fine = over.wide, over.fine
         self.step = portion(outer, length * inner, limit)
         self.within = length if length * inner <= limit else portion(length, inner, limit)
@@ -171,25 +164,6 @@ class _Cut:
 
     def working(self, block: Tensor) -> Tensor:
         return block if block.dtype == self.wide else block.to(self.wide)
-
-
-NEAR = 2.0
-"""Means of at most so many standard deviations: of others, sums of squares lose too much."""
-
-SHORT = 1 << 14
-"""Rows of more values are too long for torch's norms, which add up one value after another."""
-
-
-def _plain_moments(over: Passes, cut: _Cut, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance from plain sums and norms, on a CPU, unless that would lose something."""
-    if not isinstance(over, NativePasses) or over.last or over.count > SHORT:
-        return None
-    blocks = cut.blocks(over.rows(x))
-    sums = [(block.sum(1, keepdim=True), torch.linalg.vector_norm(block, dim=1, keepdim=True)) for block in blocks]
-    total, norm = (over.small(cut.total(each)) for each in zip(*sums, strict=True))
-    mean, square = total / over.count, norm.square() / over.count
-    var = torch.addcmul(square, mean, mean, value=-1)
-    return (mean, var) if bool((square <= (NEAR**2 + 1) * var).all()) else None
 
 
 def _made(over: Passes, cut: _Cut, pointwise: Pointwise, x: Tensor, values: tuple[Tensor, ...]) -> Tensor:
@@ -226,11 +200,3 @@ def _differentiated(
         if target is not None and made is not target:
             target.copy_(made)
     return [over.small(cut.total(each)) for each in zip(*sums, strict=True)]
-
-
-def _pass_on(over: Passes, cut: _Cut, x: Tensor, out: Tensor, times: Tensor, slope: Tensor, level: Tensor) -> None:
-    """``times * out + slope * x + level`` into ``out``; from the end, which is in the cache yet."""
-    targets, blocks = cut.blocks(over.rows(out)), cut.blocks(over.rows(x))
-    factors = cut.factors([over.spread(each) for each in (times, slope, level)])
-    for target, block, (scale, own, shift) in reversed(list(zip(targets, blocks, factors, strict=True))):
-        target.mul_(scale).addcmul_(block, own).add_(shift)
