@@ -176,8 +176,6 @@ class NativePasses(Passes):
 
     ``measure`` finds out whether they do; where not, all is done as in :class:`Passes`."""
 
-    larger = 4
-
     def __init__(self, x: Tensor) -> None:
         super().__init__(x)
         self.plainly = True
@@ -274,11 +272,8 @@ class NativePasses(Passes):
         if not self.plainly:
             return super().combine(x, grad, scale, slope, level, out)
         out = torch.empty_like(grad) if out is None else out
-        rows, grads, target = self.rows(x), self.rows(grad), self.rows(out)
-        scale, slope, level = (self.spread(each) for each in (scale, slope, level))
-        for part, piece in reversed(list(self.blocks(rows))):  # What was read last for the sums is in the cache yet.
-            made = scaled(grads[part, piece], scale[part], level[part], target[part, piece])
-            made.addcmul_(rows[part, piece], slope[part])
+        self._affine(grad, scale, level, out)
+        self.rows(out).addcmul_(self.rows(x), self.spread(slope))
         return out
 
 
