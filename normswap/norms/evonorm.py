@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -150,6 +150,14 @@ class SamplePointwise(Pointwise):
     buffers = 2
     times = 1
 
+    def __init__(self, slope: Tensor) -> None:
+        self.slope = slope
+
+    @cached_property
+    def steep(self) -> bool:
+        """Whether every slope can be divided by: silu is one operation where a sigmoid times its input is two."""
+        return bool(self.slope.detach().abs().min() > FLAT)
+
     def __call__(self, x: Tensor, *factors: Tensor) -> Tensor:
         slope, scale, shift = factors
         return x * torch.sigmoid(slope * x) * scale + shift
@@ -157,7 +165,7 @@ class SamplePointwise(Pointwise):
     def forward(self, x: Tensor, factors: tuple[Tensor, ...], out: Tensor) -> None:
         slope, scale, shift = factors
         torch.mul(x, slope, out=out)
-        if bool(slope.abs().min() > FLAT):
+        if self.steep:
             scaled(torch.ops.aten.silu_(out), scale / slope, shift, out)
         else:
             scaled(out.sigmoid_().mul_(x), scale, shift, out)
@@ -244,7 +252,7 @@ class EvoNormS0(_EvoNorm):
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
         function = SampleFactors(self.eps, self.groups)
-        return transform(x, function, SamplePointwise(), self.slope, self.weight, self.bias)[0]
+        return transform(x, function, SamplePointwise(self.slope), self.slope, self.weight, self.bias)[0]
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, groups={self.groups}, eps={self.eps}, affine={self.affine}"
