@@ -50,6 +50,12 @@ def everything(original: nn.Module, shares: list[int]) -> dict[str, Tensor]:
     return {**found, "groups": torch.tensor(counts)}
 
 
+def refined(original: nn.Module, shares: list[int]) -> dict[str, Tensor]:
+    model = convert(original, "layer")
+    calibrate(model, original, [data()[i] for i in shares], refine=8, refine_layers=True)
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     original = network()
@@ -61,7 +67,7 @@ def process(rank: int, folder: str) -> None:
         calibrate(model, original, [data()[0] if rank else data()[0][:, :2]])
     except Exception as raised:
         error = str(raised)
-    torch.save((results, error), f"{folder}/{rank}.pt")
+    torch.save((results, refined(original, [2 * rank, 2 * rank + 1]), error), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -70,7 +76,7 @@ def test_processes_agree_with_one() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launch(process, WORLD, folder)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
-    for results, _ in found:
+    for results, _, _ in found:
         for state in results.values():
             assert state.keys() == expected.keys()
             for name, value in expected.items():
@@ -78,6 +84,12 @@ def test_processes_agree_with_one() -> None:
                     assert distance(state[name], value) < 1e-9, name
                 else:
                     assert torch.equal(state[name], value), name
-    assert "channels" in found[0][1]
-    assert found[1][1].startswith("another process failed: RuntimeError(")
-    assert found[2][1].startswith("another process failed: RuntimeError(")
+    alone = [refined(network(), [2 * rank, 2 * rank + 1]) for rank in range(WORLD)]
+    for _, state, _ in found:
+        for name, value in state.items():
+            assert torch.equal(value, found[0][1][name]), name
+    moved = [name for name, value in found[0][1].items() if distance(value, alone[0][name]) > 1e-9]
+    assert {"3.weight", "4.weight", "6.weight"} & set(moved), "each learns from the others' batches"
+    assert "channels" in found[0][2]
+    assert found[1][2].startswith("another process failed: RuntimeError(")
+    assert found[2][2].startswith("another process failed: RuntimeError(")
