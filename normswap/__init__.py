@@ -1,6 +1,6 @@
 """Model surgery for normalization layers in PyTorch: find every norm, replace it, fold it away, prove the result."""
 
-from normswap import norms
+from normswap import layers, norms
 from normswap.advice import Comparison, Recommendation, Situation, compare, recommend
 from normswap.calibration import Calibration, Recalibration, calibrate, recalibrate
 from normswap.engine import Change, Plan, Site, Skip, apply_recipe, find, plan_fold
@@ -44,6 +44,7 @@ __all__ = [
     "find",
     "fold",
     "kinds",
+    "layers",
     "load",
     "load_exported",
     "norms",

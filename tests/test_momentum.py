@@ -51,6 +51,16 @@ def test_no_momentum(bad: Any) -> None:
         parse(bad)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Warmup(2.0), lambda: Warmup(float("nan")), lambda: Polynomial(-1), lambda: Linear(0.1, 0, 9),
+     lambda: Linear(0.1, 0.2, 0)],
+)  # fmt: skip
+def test_no_schedule(make: Any) -> None:
+    with pytest.raises(NormswapError, match="weights are above 0 and at most 1"):
+        make()
+
+
 def test_at_a_constant_momentum_it_is_torchs() -> None:
     for momentum in (0.3, None):
         ours, theirs = AdaptiveBatchNorm2d(8, momentum=momentum).double(), nn.BatchNorm2d(8, momentum=momentum).double()

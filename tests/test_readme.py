@@ -1,7 +1,9 @@
-"""What README.md and CONTRIBUTING.md say is true: their Python runs, their commands and kinds exist."""
+"""What README.md and CONTRIBUTING.md say is true: their Python runs, their commands and kinds exist. The Python of
+docs/layers.md runs too."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,19 +18,24 @@ from normswap.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+LAYERS = (ROOT / "docs" / "layers.md").read_text(encoding="utf-8")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+"""What torchrun tells a process, of one that has no other."""
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+@pytest.mark.parametrize("text", [README, CONTRIBUTING, LAYERS], ids=["README", "CONTRIBUTING", "layers"])
 def test_python_runs(text: str, tmp_path: Path) -> None:
     """All blocks of a file in one process of its own, for some of them register classes; warnings are errors."""
     source = "\n".join(["import torch", "torch.set_num_threads(1)", *blocks(text, "python")])
     assert source.count("\n") > 10
     command = [sys.executable, "-W", "error::UserWarning", "-c", source]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, **ALONE}
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -65,6 +72,6 @@ def test_make_targets_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for text in (README, CONTRIBUTING):
+    for text, folder in ((README, ROOT), (CONTRIBUTING, ROOT), (LAYERS, ROOT / "docs")):
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), target
+            assert (folder / target).exists(), target

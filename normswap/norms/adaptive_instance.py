@@ -110,7 +110,7 @@ class AdaptiveForm(Form):
     module: AdaptiveInstanceNorm = field(compare=False)
 
     affine = False
-    note = "it needs a style for each call: run the model inside normswap.norms.condition.condition"
+    note = "it needs a style for each call: run the model inside normswap.layers.condition"
 
     def output(self, x: Tensor, norm: Norm, eps: float, training: bool) -> Tensor:
         space = tuple(range(2, x.dim()))

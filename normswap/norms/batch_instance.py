@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from normswap.errors import Refusal
 from normswap.norms.adopt import is_instance, like
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
+from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import TrackedNorm, assemble, fields, pooled, together
 from normswap.registry import builds, reads
 from normswap.spec import Norm, scale_shift
@@ -102,7 +103,7 @@ class BatchInstanceNorm(TrackedNorm):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: Momentum = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,

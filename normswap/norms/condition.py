@@ -78,7 +78,7 @@ class NeedsCondition(nn.Module):
         if given is None or not given.lasts:
             raise NormswapError(
                 f"{type(self).__name__} needs a {self.needs} and was given none: run the model inside "
-                f"`with normswap.norms.condition.condition(model, {self.needs}=...)`"
+                f"`with normswap.layers.condition(model, {self.needs}=...)`"
             )
         if not torch.compiler.is_compiling() and given.thread != _thread() and not _in_backward():
             raise NormswapError(

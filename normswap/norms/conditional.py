@@ -143,7 +143,7 @@ class ConditionalForm(Form):
     module: ConditionalNorm = field(compare=False)
 
     loses = "an affine for each label"
-    note = "it needs a label for each call: run the model inside normswap.norms.condition.condition"
+    note = "it needs a label for each call: run the model inside normswap.layers.condition"
     affine = False
     neutral = {"weights": 1.0}  # noqa: RUF012
 

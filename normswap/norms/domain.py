@@ -154,7 +154,7 @@ class DomainForm(Form):
     module: DomainBatchNorm = field(compare=False)
 
     loses = "an affine and statistics for each domain"
-    note = "it needs a domain for each call: run the model inside normswap.norms.condition.condition"
+    note = "it needs a domain for each call: run the model inside normswap.layers.condition"
     affine = False
     neutral = {"weights": 1.0, "variances": 1.0}  # noqa: RUF012
 

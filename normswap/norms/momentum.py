@@ -42,9 +42,22 @@ class Schedule:
         raise NotImplementedError
 
 
+def _check(schedule: Schedule, right: bool) -> None:
+    if not right:
+        raise NormswapError(
+            f"{schedule!r}: weights are above 0 and at most 1, a power is at least 0, and batches are at least 1"
+        )
+
+
 @dataclass(frozen=True)
 class Warmup(Schedule):
+    """The mean of all batches until one weighs no more than ``momentum``, then the moving average. Raises
+    :class:`NormswapError` for a momentum that is not above 0 and at most 1."""
+
     momentum: float
+
+    def __post_init__(self) -> None:
+        _check(self, 0 < self.momentum <= 1)
 
     @property
     def last(self) -> float:
@@ -59,7 +72,13 @@ class Warmup(Schedule):
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
+    """A mean that forgets the early batches, faster with a larger ``power``; with 0 it is the mean of all. Raises
+    :class:`NormswapError` for a negative power."""
+
     power: float
+
+    def __post_init__(self) -> None:
+        _check(self, 0 <= self.power < float("inf"))
 
     @property
     def last(self) -> None:
@@ -74,9 +93,15 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
+    """From ``first`` for the first batch to ``final`` after ``batches`` more, in equal steps; then that. Raises
+    :class:`NormswapError` for weights that are not above 0 and at most 1, and for less than one batch."""
+
     first: float
     final: float
     batches: float
+
+    def __post_init__(self) -> None:
+        _check(self, 0 < self.first <= 1 and 0 < self.final <= 1 and 1 <= self.batches < float("inf"))
 
     @property
     def last(self) -> float:

@@ -52,7 +52,7 @@ class ChannelsFirstRMSNorm(nn.RMSNorm):
         values = x.to(wide(x.dtype))  # Squares of 16 bits overflow.
         square = values.square().mean(tuple(range(1, x.dim())), keepdim=True)
         out = (values * torch.rsqrt(square + eps)).to(x.dtype)
-        return out if self.weight is None else out * self.weight.reshape(-1, *[1] * (x.dim() - 2))
+        return out if self.weight is None else (out * self.weight.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype)
 
 
 @reads(nn.RMSNorm)

@@ -32,7 +32,8 @@ def check_flag(name: str, value: object) -> None:
 
 def kept(buffer: Tensor | None) -> Tensor | None:
     """A buffer as it is now: the backward pass may come when a batch has written it over."""
-    apart = buffer is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    looked_into = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    apart = buffer is not None and torch.is_grad_enabled() and not looked_into
     return buffer.clone() if apart and buffer is not None else buffer
 
 
@@ -240,8 +241,9 @@ def batch_average(model: nn.Module) -> Iterator[None]:
 
     Inside, every norm of ``model`` that keeps running statistics starts afresh and averages those of the batches that
     are run, all with equal weight and with the parameters as they are ("batch average" in arXiv 1806.10779). Only these
-    norms are put in train mode; afterwards modes and momenta are as before. Without a batch the statistics stay as they
-    were."""
+    norms are put in train mode; afterwards modes and momenta are as before. The count of batches is that of these: what
+    goes by it, as the schedules of batch renormalization and of a momentum do, begins again when training goes on.
+    Without a batch the statistics stay as they were."""
     norms = [m for m in model.modules() if all(isinstance(getattr(m, n, None), Tensor) for n in TrackedNorm.statistics)]
     modes: list[tuple[Any, bool, Any, dict[str, Tensor]]] = []
     for norm in norms:

@@ -166,7 +166,7 @@ class VirtualForm(Form):
     reference_size: Tensor
 
     loses = "size of the reference batch"
-    note = "its statistics stand for a reference batch: run one inside normswap.norms.virtual.reference_batch"
+    note = "its statistics stand for a reference batch: run one inside normswap.layers.reference_batch"
 
     def output(self, x: Tensor, norm: Norm, eps: float, training: bool) -> Tensor:
         assert norm.running_mean is not None
