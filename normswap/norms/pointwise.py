@@ -122,7 +122,7 @@ class _Transform(torch.autograd.Function):
         by_mean, by_var, *others = small.gradient(*sums)
         if dx is not None:
             times = torch.ones_like(mean) if pointwise.times is None else small.values[pointwise.times]
-            over.combine(dense, dx, times, *over.passed_on(mean, by_mean, by_var), dx)
+            _pass_on(over, cut, dense, dx, times, *over.passed_on(mean, by_mean, by_var))
         return dx, None, None, *others
 
 
@@ -200,3 +200,15 @@ def _differentiated(
         if target is not None and made is not target:
             target.copy_(made)
     return [over.small(cut.total(each)) for each in zip(*sums, strict=True)]
+
+
+def _pass_on(over: Passes, cut: _Cut, x: Tensor, out: Tensor, times: Tensor, slope: Tensor, level: Tensor) -> None:
+    """``times * out + slope * x + level`` into ``out``."""
+    if not isinstance(over, NativePasses) or not over.plainly:
+        over.combine(x, out, times, slope, level, out)
+        return
+    targets, blocks = cut.blocks(over.rows(out)), cut.blocks(over.rows(x))
+    factors = cut.factors([over.spread(each) for each in (times, slope, level)])
+    # From the end, which is in the cache yet.
+    for target, block, (scale, own, shift) in reversed(list(zip(targets, blocks, factors, strict=True))):
+        target.mul_(scale).addcmul_(block, own).add_(shift)
