@@ -126,7 +126,7 @@ class _Transform(torch.autograd.Function):
         return dx, None, None, *others
 
 
-LARGER = 8
+LARGER = 6
 """A block is so many times larger than the smallest of the passes, with so many operations on each."""
 
 
