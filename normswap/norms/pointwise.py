@@ -143,11 +143,13 @@ class _Cut:
         self.size = self.step * self.within * inner
 
     def blocks(self, rows: Tensor) -> list[Tensor]:
-        return [block for part in rows.split(self.step) for block in part.split(self.within, 1)]
+        parts = torch.split(rows, self.step)
+        return [*parts] if self.count == 1 else [block for part in parts for block in torch.split(part, self.within, 1)]
 
     def factors(self, values: list[Tensor]) -> list[tuple[Tensor, ...]]:
         """For each block its factors, of ``(P, 1, Q)`` each."""
-        return [each for each in zip(*(v.split(self.step) for v in values), strict=True) for _ in range(self.count)]
+        parts = zip(*(torch.split(each, self.step) for each in values), strict=True)
+        return [part for part in parts for _ in range(self.count)]
 
     def total(self, found: tuple[Tensor, ...]) -> Tensor:
         """``(P, 1, Q)`` from the sums of each block."""
