@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from math import prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class CellPasses(Passes):
         if self.last:
             values = values.movedim(1, -1)
         lead, axes = self.parts ** len(self.lead), range(len(self.lead))
-        if self.by_product and bool(values.sum().isfinite()):
+        if self.by_product and isfinite(values.sum()):
             with unrounded(values.device):
                 values = values.reshape(-1, self.parts) @ self.inside
         elif self.tail and self.tail % self.parts == 0:
@@ -142,7 +142,7 @@ class CellPasses(Passes):
         """In cells, the two sums of what ``terms`` makes of each place."""
         if self.by_product:
             found = self._products(rows, terms)
-            if all(bool(each.sum().isfinite()) for each in found):  # Else cells beside an infinite one are lost too.
+            if all(isfinite(each.sum()) for each in found):  # Else cells beside an infinite one are lost too.
                 return [each.to(self.exact) for each in found]
         axes = tuple(range(2, rows.dim() - 1, 2)) if self.even else tuple(range(1, rows.dim() - 1))
         shape = [1 if axis in axes else length for axis, length in enumerate(rows.shape)]
