@@ -33,7 +33,7 @@ def recalibrate(
     passes: int = 1,
     in_flight: int = IN_FLIGHT,
 ) -> Recalibration:
-    """Estimate the running statistics of every batch, sync and switchable norm of ``model`` anew, in place.
+    """Estimate the running statistics of every norm of ``model`` that keeps them anew, in place.
 
     ``batches``, ``forward``, ``passes``, ``in_flight`` and the processes of ``torch.distributed``: as in
     :func:`normswap.calibrate`. With more batches than ``in_flight``, a norm's statistics of the first ones rest on
