@@ -51,12 +51,13 @@ def test_formula(size: tuple[int, int], scales: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "shape", [(3, 4, 8), (2, 4, 7), (2, 3, 8, 4), (2, 3, 5, 7), (1, 2, 4, 3, 4), (1, 2, 3, 5, 2)], ids=str
 )
-@pytest.mark.parametrize("limit", [9, 1 << 16])
+@pytest.mark.parametrize(("limit", "small"), [(9, 0), (9, 1024), (1 << 16, 0), (1 << 16, 1024)])
 def test_gradients_of_even_and_uneven_cells(
-    shape: tuple[int, ...], layout: str, limit: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], layout: str, limit: int, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand those of the plain operations; the second time with means that are shifted away."""
     monkeypatch.setattr(passes, "BLOCK", limit)
+    monkeypatch.setattr(cells, "SMALL", small)
     monkeypatch.setattr(cells.CellPasses, "larger", 1)
     module = randomise(MultiscaleNorm(shape[1], scales=(1, 2, 4)).double())
     for mean in (0.0, 100.0):
@@ -86,7 +87,7 @@ def test_gradcheck_twice(size: tuple[int, int], layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
-@pytest.mark.parametrize("size", [(40, 40), (41, 39), (48, 52)], ids=str)
+@pytest.mark.parametrize("size", [(40, 40), (41, 39), (48, 52), (30, 31)], ids=str)
 def test_cells_with_means_of_their_own(size: tuple[int, int], layout: str) -> None:
     """A ramp of large steps: every cell has another mean, far larger than its spread."""
     step = torch.arange(size[0]).mul(4).div(size[0], rounding_mode="floor")[:, None] * 1e3
@@ -129,7 +130,11 @@ def test_autocast_rounds_nothing(traced: bool, monkeypatch: pytest.MonkeyPatch) 
     assert all(distance(a, b) < 1e-5 * traced or torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_an_infinite_value_stays_in_its_cell() -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+def test_an_infinite_value_stays_in_its_cell(layout: str) -> None:
+    uneven = arrange(sample(1, 2, 7, 6).float(), layout).clone()
+    uneven[0, 0, 0, 0] = float("inf")
+    assert MultiscaleNorm2d(2, scales=(3,))(uneven).isfinite().logical_not().sum() == 6
     x = sample(1, 2, 8, 8).float()
     x[0, 0, 0, 0] = float("inf")
     lost = MultiscaleNorm2d(2, scales=(4,))(x).isfinite().logical_not()

@@ -168,9 +168,13 @@ class CellPasses(Passes):
     def shifts(self) -> Tensor | None:
         return None if self.centre is None else self.spread(self.centre)
 
+    def here(self, factors: Tensor, number: int, own: tuple[slice, ...]) -> Tensor:
+        """Those of a place, to go with its values."""
+        return factors[number][own]
+
     def centred_by(self, shift: Tensor | None, block: Tensor, number: int, own: tuple[slice, ...]) -> Tensor:
         """A block less its shift, in the working precision; itself, where nothing is to be done."""
-        return block.to(self.wide) if shift is None else block - shift[number][own]
+        return block.to(self.wide) if shift is None else block - self.here(shift, number, own)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each cell, ``(N, C, *cells)``."""
@@ -201,7 +205,7 @@ class CellPasses(Passes):
         for number, place, own in self.places(rows):
             result, value = target[place], self.centred_by(away, rows[place], number, own)
             made = result if out.dtype == self.wide else value
-            scaled(value, scale[number][own], shift[number][own], made)
+            scaled(value, self.here(scale, number, own), self.here(shift, number, own), made)
             if made is not result:
                 result.copy_(made)
         return out
@@ -227,11 +231,70 @@ class CellPasses(Passes):
         for number, place, own in self.places(rows):
             result, given = target[place], grads[place].to(self.wide)
             made = result if out.dtype == self.wide else given
-            scaled(given, scale[number][own], level[number][own], made)
-            made.addcmul_(self.centred_by(shift, rows[place], number, own), slope[number][own])
+            scaled(given, self.here(scale, number, own), self.here(level, number, own), made)
+            made.addcmul_(self.centred_by(shift, rows[place], number, own), self.here(slope, number, own))
             if made is not result:
                 result.copy_(made)
         return out
+
+
+class SmallMapPasses(CellPasses):
+    """The same for small maps and uneven cells, as ``(P, L)``, or ``(N, L, C)`` with channels last, of ``L`` positions
+    each: sums of cells are products with a matrix of zeros and ones, factors are picked for each position."""
+
+    def __init__(self, x: Tensor, parts: int) -> None:
+        super().__init__(x, parts)
+        self.by_product, self.exact, self.even = False, self.wide, False
+        part = torch.zeros((), dtype=torch.long)
+        for length in self.space:
+            part = part.unsqueeze(-1) * parts + torch.arange(length) * parts // length
+        self.part = part.flatten()
+        self.inside = torch.nn.functional.one_hot(self.part, prod(self.cells)).t().to(self.wide)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        if self.last:
+            return tensor.movedim(1, -1).reshape(self.samples, self.count, self.channels)
+        return tensor.reshape(-1, self.count)
+
+    def spread(self, values: Tensor) -> Tensor:
+        flat = values.to(self.wide).flatten(2)
+        return flat.transpose(1, 2).unsqueeze(0) if self.last else flat.reshape(1, -1, flat.shape[2])
+
+    def here(self, factors: Tensor, number: int, own: tuple[slice, ...]) -> Tensor:
+        return factors[number][own].index_select(1, self.part)
+
+    def places(self, rows: Tensor) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        step = portion(len(rows), rows[0].numel(), self.limit)
+        for start in range(0, len(rows), step):
+            place = (slice(start, start + step),)
+            yield 0, place, place
+
+    def summed(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        found: list[list[Tensor]] = [[], []]
+        for number, place, own in self.places(rows):
+            for parts, term in zip(found, terms(number, place, own), strict=True):
+                parts.append(self._cells(term.to(self.wide)))
+        totals = [
+            torch.cat(parts).reshape(self.samples, -1, *self.inside.shape[:1]) for parts in found if not self.last
+        ]
+        totals = totals or [torch.cat(parts).transpose(1, 2) for parts in found]
+        return [total.reshape(self.samples, self.channels, *self.cells).to(self.exact) for total in totals]
+
+    def _cells(self, values: Tensor) -> Tensor:
+        """``(P, cells)`` or ``(N, cells, C)``."""
+        if whole_products():
+            found = self.inside @ values if self.last else (self.inside @ values.t()).t()
+            if isfinite(found.sum()):  # Else cells beside an infinite one are lost too.
+                return found
+        empty = values.new_zeros((len(values), len(self.inside), *values.shape[2:]))
+        return empty.index_add_(1, self.part, values)
+
+
+SMALL = 1024
+"""Positions of a map that is small: cutting it into uneven slabs takes longer than the sums."""
+
+FEW = 64
+"""Cells of a map that are few: the product with their matrix is."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +304,10 @@ class Cells:
     parts: int
 
     def passes(self, x: Tensor) -> Passes:
-        return CellPasses(x, self.parts)
+        uneven = any(length % self.parts for length in x.shape[2:])
+        small = x[0, 0].numel() <= SMALL and self.parts ** (x.dim() - 2) <= FEW
+        cls = SmallMapPasses if uneven and small and x.device.type == "cpu" else CellPasses
+        return cls(x, self.parts)
 
     def plain(self, x: Tensor, function: Function, *tensors: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """In operations that torch differentiates, compiles and exports by itself."""
