@@ -14,52 +14,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normswap import NormswapError, convert, plan_convert, plan_fold
-from normswap.norms.adaptive_momentum import (
-    AdaptiveBatchNorm1d,
+from normswap import NormswapError, convert, layers, plan_convert, plan_fold
+from normswap.layers import (
     AdaptiveBatchNorm2d,
-    AdaptiveBatchNorm3d,
-)
-from normswap.norms.batch_instance import (
-    BatchInstanceNorm,
-    BatchInstanceNorm1d,
     BatchInstanceNorm2d,
-    BatchInstanceNorm3d,
-)
-from normswap.norms.conditional import ConditionalNorm2d
-from normswap.norms.domain import DomainBatchNorm2d
-from normswap.norms.evonorm import (
-    EvoNormB0,
-    EvoNormB01d,
+    BatchRenorm2d,
+    ChannelLayerNorm,
+    ChannelRMSNorm,
+    ChannelsFirstRMSNorm,
+    ConditionalNorm2d,
+    DomainBatchNorm2d,
     EvoNormB02d,
-    EvoNormB03d,
     EvoNormS0,
-    EvoNormS01d,
     EvoNormS02d,
-    EvoNormS03d,
-)
-from normswap.norms.frn import FilterResponseNorm, FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
-from normswap.norms.ghost import GhostBatchNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-from normswap.norms.layer import ChannelLayerNorm
-from normswap.norms.learned_groups import (
+    FilterResponseNorm,
+    FilterResponseNorm2d,
+    GhostBatchNorm2d,
     LearnedGroupNorm,
-    LearnedGroupNorm1d,
     LearnedGroupNorm2d,
-    LearnedGroupNorm3d,
-)
-from normswap.norms.momentum import Warmup
-from normswap.norms.multiscale import MultiscaleNorm, MultiscaleNorm1d, MultiscaleNorm2d, MultiscaleNorm3d
-from normswap.norms.positional import PositionalNorm, PositionalNorm1d, PositionalNorm2d, PositionalNorm3d
-from normswap.norms.renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from normswap.norms.rms import ChannelRMSNorm, ChannelsFirstRMSNorm
-from normswap.norms.switchable import SwitchableNorm, SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
-from normswap.norms.sync import SyncBatchNorm
-from normswap.norms.tracked import batch_average
-from normswap.norms.virtual import (
+    MultiscaleNorm,
+    MultiscaleNorm2d,
+    PositionalNorm,
+    PositionalNorm2d,
+    SwitchableNorm2d,
+    SyncBatchNorm,
     VirtualBatchNorm,
-    VirtualBatchNorm1d,
     VirtualBatchNorm2d,
-    VirtualBatchNorm3d,
+    Warmup,
+    batch_average,
     reference_batch,
 )
 from normswap.onnx.export import export
@@ -82,27 +64,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "evonorm_b0": lambda: EvoNormB02d(8),
     "evonorm_s0": lambda: EvoNormS02d(8, groups=2),
 }
-CLASSES = {
-    1: (SwitchableNorm1d, BatchRenorm1d, GhostBatchNorm1d, BatchInstanceNorm1d, FilterResponseNorm1d),
-    2: (SwitchableNorm2d, BatchRenorm2d, GhostBatchNorm2d, BatchInstanceNorm2d, FilterResponseNorm2d),
-    3: (SwitchableNorm3d, BatchRenorm3d, GhostBatchNorm3d, BatchInstanceNorm3d, FilterResponseNorm3d),
-}
-CLASSES[1] += (EvoNormB01d, EvoNormS01d, VirtualBatchNorm1d, AdaptiveBatchNorm1d)
-CLASSES[1] += (PositionalNorm1d, LearnedGroupNorm1d, MultiscaleNorm1d)
-CLASSES[2] += (EvoNormB02d, EvoNormS02d, VirtualBatchNorm2d, AdaptiveBatchNorm2d)
-CLASSES[2] += (PositionalNorm2d, LearnedGroupNorm2d, MultiscaleNorm2d)
-CLASSES[3] += (EvoNormB03d, EvoNormS03d, VirtualBatchNorm3d, AdaptiveBatchNorm3d)
-CLASSES[3] += (PositionalNorm3d, LearnedGroupNorm3d, MultiscaleNorm3d)
-ANY_RANK = (
-    SwitchableNorm,
-    BatchRenorm,
-    GhostBatchNorm,
-    BatchInstanceNorm,
-    FilterResponseNorm,
-    EvoNormB0,
-    EvoNormS0,
-    VirtualBatchNorm,
-)
+FAMILIES = (
+    "SwitchableNorm", "BatchRenorm", "GhostBatchNorm", "BatchInstanceNorm", "FilterResponseNorm", "EvoNormB0",
+    "EvoNormS0", "VirtualBatchNorm", "AdaptiveBatchNorm", "PositionalNorm", "LearnedGroupNorm", "MultiscaleNorm",
+)  # fmt: skip
+CLASSES = {rank: tuple(getattr(layers, f"{family}{rank}d") for family in FAMILIES) for rank in (1, 2, 3)}
+ANY_RANK = tuple(getattr(layers, family) for family in FAMILIES[:8])
 OVER_CHANNELS = (ChannelLayerNorm, ChannelRMSNorm, ChannelsFirstRMSNorm)
 TIMELESS = (FilterResponseNorm, EvoNormS0, PositionalNorm, LearnedGroupNorm, MultiscaleNorm)
 """Without statistics that training leaves behind."""
