@@ -22,8 +22,8 @@ from torch import Tensor
 
 from normswap.norms.arithmetic import fine, rounded, unrounded, whole_products, wide
 from normswap.norms.moments import Function, Moments
-from normswap.norms.passes import Passes, portion, scaled
-from normswap.norms.pyramid import along, members, positions
+from normswap.norms.passes import Passes, Room, portion, scaled
+from normswap.norms.pyramid import along, members, part_of, positions
 
 OFF_CENTRE = 4.0
 """Cells whose means are of more than so many standard deviations are shifted: sums of squares lose the square of it."""
@@ -60,11 +60,11 @@ class CellPasses(Passes):
         self.slabs = 1 if self.even else parts ** len(self.lead)
         self.cells = (parts,) * len(space)
         self.centre: Tensor | None = None
-        self.scratch = x.new_empty(0, dtype=self.wide)
         narrow = len(space) == 2 and self.tail < NARROW and self.even and not self.last
-        exactly = x.device.type == "cpu" and whole_products()
-        self.by_product = narrow and exactly
-        self.inside = members(self.tail, parts, self.scratch).t().contiguous() if self.by_product else self.scratch
+        self.by_product = narrow and x.device.type == "cpu" and whole_products()
+        self.inside: Tensor
+        if self.by_product:
+            self.inside = members(self.tail, parts, x.new_empty(0, dtype=self.wide)).t().contiguous()
         # Of narrow maps there are so many cells that float64 would cost more than the passes. Of cells whose means are
         # not large against their spread, nothing is lost.
         self.exact = self.wide if self.by_product else self.fine
@@ -93,7 +93,7 @@ class CellPasses(Passes):
             values = values.reshape(-1, lead, self.parts, 1, self.inner)
             values = values.expand(-1, -1, -1, self.tail // self.parts, -1)
         elif self.tail:
-            part = torch.arange(self.tail, device=values.device) * self.parts // self.tail
+            part = part_of(self.tail, self.parts, values.device)
             values = values.reshape(-1, lead, self.parts, self.inner).index_select(2, part)
         values = values.reshape(-1, lead, max(self.tail, 1) * self.inner)
         if self.even:
@@ -131,12 +131,6 @@ class CellPasses(Passes):
             for begin in range(first.start, first.stop, within) if each else ():
                 piece = slice(begin, min(begin + within, first.stop))
                 yield number, (slice(start, start + step), piece, *others), (slice(start, start + step),)
-
-    def room_for(self, block: Tensor) -> Tensor:
-        """Memory for a block in the working precision, the same again and again."""
-        if self.scratch.numel() < block.numel():
-            self.scratch = block.new_empty(block.numel())
-        return self.scratch[: block.numel()].view(block.shape)
 
     def summed(self, rows: Tensor, terms: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
         """In cells, the two sums of what ``terms`` makes of each place."""
@@ -178,18 +172,19 @@ class CellPasses(Passes):
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each cell, ``(N, C, *cells)``."""
-        rows, shift = self.rows(x), self.shifts()
+        rows, shift, room = self.rows(x), self.shifts(), Room(self.wide)
 
         def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
             value = self.centred_by(shift, rows[place], number, own)
-            return value, torch.mul(value, value, out=self.room_for(value))
+            return value, torch.mul(value, value, out=room.like(value))
 
-        mean, square = (each.div_(self.behind()) for each in self.summed(rows, terms))
+        count = self.behind()
+        mean, square = (each.div_(count) for each in self.summed(rows, terms))
         var = torch.addcmul(square, mean, mean, value=-1)
         if not bool((square <= (OFF_CENTRE**2 + 1) * var).all()):
             self.centre, self.exact = mean.to(self.wide).to(self.fine), self.fine
             shift = self.shifts()
-            mean, square = (each.div_(self.behind()) for each in self.summed(rows, terms))
+            mean, square = (each.div_(count) for each in self.summed(rows, terms))
             var = torch.addcmul(square, mean, mean, value=-1)
             mean = mean + self.centre
         return mean, var.clamp_(min=0)
@@ -211,12 +206,12 @@ class CellPasses(Passes):
         return out
 
     def sums(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows, grads, shift = self.rows(x), self.rows(grad), self.shifts()
+        rows, grads, shift, room = self.rows(x), self.rows(grad), self.shifts(), Room(self.wide)
 
         def terms(number: int, place: tuple[slice, ...], own: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
             given = grads[place]
             value = self.centred_by(shift, rows[place], number, own)
-            return given, torch.mul(value, given, out=self.room_for(value))
+            return given, torch.mul(value, given, out=room.like(value))
 
         total, product = self.summed(rows, terms)
         return total, self.moved(product, total)
@@ -247,7 +242,7 @@ class SmallMapPasses(CellPasses):
         self.by_product, self.exact, self.even = False, self.wide, False
         part = torch.zeros((), dtype=torch.long)
         for length in self.space:
-            part = part.unsqueeze(-1) * parts + torch.arange(length) * parts // length
+            part = part.unsqueeze(-1) * parts + part_of(length, parts, x.device)
         self.part = part.flatten()
         self.inside = torch.nn.functional.one_hot(self.part, prod(self.cells)).t().to(self.wide)
 

@@ -1,7 +1,13 @@
-"""A function of moments and other small tensors, together with its gradient.
+r"""A function of moments and other small tensors, together with its gradient.
 
 A function that brings a method ``by_hand`` writes its gradient itself; of any other it is taken by autograd. Autograd
-goes through many small operations, each of which costs more than its few numbers; by hand they are few."""
+goes through many small operations, each of which costs more than its few numbers; by hand they are few.
+
+Such functions end alike: with :math:`r = (V + \varepsilon)^{-1/2}`, the scale is :math:`a = r w` and the shift
+:math:`b = \beta - M a`. For gradients :math:`\dot a, \dot b`, :math:`\dot\beta = \dot b` and
+:math:`\dot w = r\,(\dot a - M \dot b)`, summed over all axes but that of the channels, and
+
+.. math::  \dot M = -a \dot b, \quad \dot V = -\tfrac12 r^2 a\,(\dot a - M \dot b) ."""
 
 from __future__ import annotations
 
@@ -60,3 +66,29 @@ class _Traced:
         grads = torch.autograd.grad(made, list(wanted.values()), given, retain_graph=True, allow_unused=True)
         found = dict(zip(wanted, grads, strict=True))
         return [found.get(index) for index in range(len(self.inputs))]
+
+
+ByEach = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Gradients by mean, variance, weight and bias."""
+
+
+def affine_with_gradient(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], ByEach]]:
+    """Scale and shift of ``(x - mean) / sqrt(var + eps) * weight + bias``, and their gradient; see the module's text.
+
+    ``mean``, ``var``: ``(..., C)`` or broadcast to it; ``weight``, ``bias``: ``(C,)`` or ``None``; none with a
+    graph."""
+    inverse = torch.rsqrt(var + eps)
+    scale = inverse if weight is None else inverse * weight.to(inverse.dtype)
+    shift = (mean * scale).neg_() if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+    over = tuple(range(mean.dim() - 1))
+
+    def gradient(by_scale: Tensor, by_shift: Tensor) -> ByEach:
+        along = torch.addcmul(by_scale, mean, by_shift, value=-1)
+        by_weight = None if weight is None else (along * inverse).sum(over)
+        by_bias = None if bias is None else by_shift.sum(over)
+        by_mean = (scale * by_shift).neg_()
+        return by_mean, along.mul_(scale).mul_(inverse).mul_(inverse).mul_(-0.5), by_weight, by_bias
+
+    return scale, shift, gradient

@@ -99,8 +99,8 @@ def affine(
 
 
 Function = Callable[..., Coefficients]
-"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments. It may have a method ``by_hand``
-for the same where it is differentiated at most once and nothing looks into it."""
+"""``f(moments, *tensors)``; pure, and all that it differentiates is in its arguments. With a method ``by_hand`` it
+brings its gradient: see :mod:`normswap.norms.gradient`."""
 
 
 class Parts(Protocol):

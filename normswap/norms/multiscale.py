@@ -75,8 +75,7 @@ class Mixture:
     ) -> tuple[Coefficients, Gradient]:
         mean, var, shares = self._given(moments, mean_gate, var_gate)
         others = kept_pyramid(tuple(self.space), self.scales, mean.dtype, mean.device)
-        times, plus = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
-        scale, shift, behind = factors(mean, var, shares, times, plus, others, self.eps)
+        scale, shift, behind = factors(mean, var, shares, weight, bias, others, self.eps)
 
         def gradient(by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
             by_mean, by_var, by_shares, *rest = behind(self._cells(by_scale), self._cells(by_shift))

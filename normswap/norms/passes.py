@@ -50,6 +50,19 @@ def scaled(block: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(shift, block, scale, out=out)
 
 
+class Room:
+    """Memory for a block in the working precision, the same again and again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.memory: Tensor | None = None
+
+    def like(self, block: Tensor) -> Tensor:
+        if self.memory is None or self.memory.numel() < block.numel():
+            self.memory = block.new_empty(block.numel(), dtype=self.dtype)
+        return self.memory[: block.numel()].view(block.shape)
+
+
 class Passes:
     """Passes over tensors of the shape and memory layout of ``x``, of any floating dtype."""
 

@@ -6,7 +6,7 @@ As in :mod:`normswap.norms.moments`, small tensors are made from the moments of 
 
 with :math:`c_i` of shape ``(N, C)`` and :math:`h` applied to each value by itself. Of large tensors, only ``x`` is
 kept; the backward pass computes :math:`h` again and its derivatives by hand, block by block in a CPU's cache: the
-sums :math:`\sum g\, \partial h / \partial c_i`, which ordinary autograd takes through :math:`f`, and
+sums :math:`\sum g\, \partial h / \partial c_i`, which the gradient of :math:`f` takes on, and
 :math:`g\, \partial h / \partial x`. A second pass adds what :math:`m` and :math:`v` pass on to ``x``, as in the other
 core."""
 
@@ -135,7 +135,7 @@ class _Cut:
 
     def __init__(self, over: Passes, rows: Tensor) -> None:
         outer, length, inner = rows.shape
-        limit = over.limit // over.larger * LARGER
+        limit = over.limit * LARGER
         self.wide, self.fine = over.wide, over.fine
         self.step = portion(outer, length * inner, limit)
         self.within = length if length * inner <= limit else portion(length, inner, limit)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from normswap.norms.arithmetic import unrounded, whole_products, wide
 from normswap.norms.moments import _plainly, again, looked_into
-from normswap.norms.passes import BLOCK, portion
+from normswap.norms.passes import BLOCK, Room, portion
 
 OFF_CENTRE = 64.0
 """Means of more than so many standard deviations are subtracted twice: as the working precision has them, and then what
@@ -118,18 +118,6 @@ class _View:
         return found.div_(self.channels)
 
 
-class _Room:
-    """Memory for a block in the working precision, the same again and again."""
-
-    def __init__(self) -> None:
-        self.memory: Tensor | None = None
-
-    def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.memory is None or self.memory.numel() < block.numel():
-            self.memory = block.new_empty(block.numel(), dtype=dtype)
-        return self.memory[: block.numel()].view(block.shape)
-
-
 class _OverChannels(torch.autograd.Function):
     """:func:`over_channels`, by hand: see the module's text."""
 
@@ -139,12 +127,12 @@ class _OverChannels(torch.autograd.Function):
         dense = view.dense(x)
         out = torch.empty_like(dense)
         rows, target = view.rows(dense), view.rows(out)
-        times, plus, room = view.each(weight, 1.0), view.each(bias, 0.0), (_Room(), _Room())
+        times, plus, room = view.each(weight, 1.0), view.each(bias, 0.0), (Room(view.wide), Room(view.wide))
         means, inverses = view.each_position(rows) if centred else None, view.each_position(rows)
         near = True
         for place in view.blocks(rows):
             result = target[place]
-            made = result if out.dtype == view.wide else room[0].like(result, view.wide)
+            made = result if out.dtype == view.wide else room[0].like(result)
             mean, inverse, good = _whiten(view, rows[place].to(view.wide), eps, centred, made, room[1])
             near = near and good
             if means is not None and mean is not None:
@@ -172,18 +160,18 @@ class _OverChannels(torch.autograd.Function):
         rows, grads, target, times = view.rows(dense), view.rows(grad), view.rows(out), view.each(weight, 1.0)
         over = tuple(axis for axis in range(3) if axis != view.axis)
         by_weight, by_bias = torch.zeros(2, view.channels, dtype=torch.float64)
-        room = [_Room() for _ in range(3)]
+        room = [Room(view.wide) for _ in range(3)]
         with unrounded(x.device):
             for place in view.blocks(rows):
                 given, result, block = grads[place].to(view.wide), target[place], rows[place].to(view.wide)
-                normal = room[0].like(given, view.wide)
+                normal = room[0].like(given)
                 if kept:
                     means, inverse = kept[0], kept[1][view.position(place)]
                     value = block if means is None else torch.sub(block, means[view.position(place)], out=normal)
                     torch.mul(value, inverse, out=normal)
                 else:
                     inverse = _whiten(view, block, eps, centred, normal, room[1])[1]
-                made = result if out.dtype == view.wide else room[2].like(given, view.wide)
+                made = result if out.dtype == view.wide else room[2].like(given)
                 torch.mul(given, normal, out=made)
                 by_weight += made.sum(over)
                 by_bias += given.sum(over)
@@ -202,11 +190,11 @@ class _OverChannels(torch.autograd.Function):
 
 
 def _whiten(
-    view: _View, block: Tensor, eps: float, centred: bool, out: Tensor, room: _Room
+    view: _View, block: Tensor, eps: float, centred: bool, out: Tensor, room: Room
 ) -> tuple[Tensor | None, Tensor, bool]:
     """``n`` into ``out``; the mean and the inverse deviation of each position, and whether that mean is all that was
     subtracted."""
-    squares = room.like(block, view.wide)
+    squares = room.like(block)
     if not centred:
         inverse = torch.rsqrt(view.mean(torch.mul(block, block, out=squares)) + eps)
         torch.mul(block, inverse, out=out)

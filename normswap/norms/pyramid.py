@@ -7,10 +7,7 @@ positions each of the finest has), and :math:`I_s`, which gives each of the fine
 .. math::  c_s = A_s m,\quad d_s = m - I_s c_s,\quad u_s = A_s (v + d_s^2),\quad
            M = \lambda_K m + \sum_s \lambda_s I_s c_s,\quad V = \lambda'_K v + \sum_s \lambda'_s I_s u_s,
 
-.. math::  r = (V + \varepsilon)^{-1/2},\quad a = r w,\quad b = \beta - M a .
-
-For gradients :math:`\dot a, \dot b`: :math:`\dot\beta = \dot b` and :math:`\dot w = r\,(\dot a - M \dot b)`, summed
-over samples and cells; :math:`\dot M = -a \dot b`, :math:`\dot V = -\tfrac12 r^2 a\,(\dot a - M \dot b)`, and
+from which scale and shift are made. For gradients :math:`\dot M, \dot V` (:mod:`normswap.norms.gradient` has them),
 
 .. math::  \dot v = \lambda'_K \dot V + \sum_s e_s,\quad
            \dot m = \lambda_K \dot M + \sum_s (\lambda_s A_s^T I_s^T \dot M + 2 d_s e_s),\quad
@@ -32,11 +29,17 @@ import torch
 from torch import Tensor
 
 from normswap.norms.arithmetic import fine
+from normswap.norms.gradient import affine_with_gradient
+
+
+def part_of(length: int, parts: int, device: torch.device) -> Tensor:
+    """Which part each position of an axis is in, ``(length,)``."""
+    return torch.arange(length, device=device) * parts // length
 
 
 def members(length: int, parts: int, like: Tensor) -> Tensor:
-    """Which part each position of an axis is in, ``(length, parts)`` of zeros and ones."""
-    part = torch.arange(length, device=like.device) * parts // length
+    """The same as ``(length, parts)`` of zeros and ones."""
+    part = part_of(length, parts, like.device)
     return (part.unsqueeze(1) == torch.arange(parts, device=like.device)).to(like.dtype)
 
 
@@ -98,6 +101,7 @@ def mixed(mean: Tensor, var: Tensor, shares: Tensor, others: Sequence[Scale]) ->
 
 
 ByEach = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Gradients by mean, variance, shares, weight and bias."""
 
 
 def factors(
@@ -111,8 +115,8 @@ def factors(
 ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], ByEach]]:
     """Scale and shift, each ``(cells, N, C)``, and their gradient by hand; see the module's text.
 
-    ``mean``, ``var``: ``(cells, N, C)``; ``shares``: ``(2, K)``; ``weight``, ``bias``: ``(C,)`` or ``None``; all in one
-    dtype, and none with a graph. The gradient is by each of these."""
+    ``mean``, ``var``: ``(cells, N, C)``; ``shares``: ``(2, K)``; ``weight``, ``bias``: ``(C,)`` or ``None``; none with
+    a graph. The gradient is by each of these."""
     given, rows = mean.shape, (mean.shape[0], prod(mean.shape[1:]))
     # The shares make 1, so a constant passes through, and without it less is lost to rounding.
     level = mean.mean(0).nan_to_num(0.0, 0.0, 0.0)
@@ -126,17 +130,12 @@ def factors(
         total.addmm_(back * shares[0, index], centre)
         spread.addmm_(back * shares[1, index], around)
         levels.append((centre, apart, around))
-    inverse, total = spread.add_(eps).rsqrt_().view(given), total.view(given).add_(level)
-    scale = inverse if weight is None else inverse * weight
-    shift = (total * scale).neg_() if bias is None else torch.addcmul(bias, total, scale, value=-1)
+    total, spread = total.view(given).add_(level), spread.view(given)
+    scale, shift, behind = affine_with_gradient(total, spread, weight, bias, eps)
 
     def gradient(by_scale: Tensor, by_shift: Tensor) -> ByEach:
-        by_scale, by_shift = by_scale.contiguous(), by_shift.contiguous()
-        along_scale = torch.addcmul(by_scale, total, by_shift, value=-1)
-        by_weight = None if weight is None else (along_scale * inverse).sum((0, 1))
-        by_bias = None if bias is None else by_shift.sum((0, 1))
-        by_total = (scale * by_shift).neg_().view(rows)
-        by_spread = along_scale.mul_(scale).mul_(inverse).mul_(inverse).mul_(-0.5).view(rows)
+        by_total, by_spread, by_weight, by_bias = behind(by_scale.contiguous(), by_shift.contiguous())
+        by_total, by_spread = by_total.view(rows), by_spread.view(rows)
         by_mean, by_var = by_total * shares[0, -1], by_spread * shares[1, -1]
         gates = []
         for index, ((average, back), (centre, apart, around)) in enumerate(zip(others, levels, strict=True)):

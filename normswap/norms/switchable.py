@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from normswap.errors import NormswapError, Refusal
 from normswap.norms.adopt import like
-from normswap.norms.gradient import Gradient
+from normswap.norms.gradient import Gradient, affine_with_gradient
 from normswap.norms.moments import Coefficients, Moments, affine, normalize
 from normswap.norms.momentum import Momentum
 from normswap.norms.tracked import TrackedNorm, assemble, check_flag, fields, pooled, together
@@ -44,16 +44,10 @@ class Mixture:
     instance: bool
 
     def __call__(
-        self,
-        moments: Moments,
-        mean_gate: Tensor,
-        var_gate: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-    ) -> Coefficients:
-        sources, seen = self._sources(moments, len(mean_gate), running_mean, running_var)
+        self, moments: Moments, mean_gate: Tensor, var_gate: Tensor, weight: Tensor | None, bias: Tensor | None,
+        *running: Tensor | None,
+    ) -> Coefficients:  # fmt: skip
+        sources, seen = self._sources(moments, len(mean_gate), *running)
         mean, var = _mixed(sources, self._shares(mean_gate, var_gate, moments.mean.dtype))
         return affine(mean, var, weight, bias, self.eps, seen)
 
@@ -76,33 +70,21 @@ class Mixture:
         return (gates if self.instance else gates[:, 1:]).softmax(1)
 
     def by_hand(
-        self,
-        moments: Moments,
-        mean_gate: Tensor,
-        var_gate: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-    ) -> tuple[Coefficients, Gradient]:
-        r"""For gradients :math:`\dot a, \dot b` by scale and shift, mixed moments :math:`M, V` and
-        :math:`r = (V + \varepsilon)^{-1/2}`: :math:`\dot w = \sum_n r\,(\dot a - M \dot b)`,
-        :math:`\dot M = -r w \dot b` and :math:`\dot V = -\tfrac12 r^3 w\,(\dot a - M \dot b)`. The sums of
-        :math:`\dot M, \dot V` over the :math:`P` instances that a source :math:`k` pools are the gradients by
-        :math:`\lambda_k m_k, \lambda'_k v_k`, and with :math:`p, q` for :math:`\lambda_k, \lambda'_k` times these over
-        :math:`P`, :math:`p + 2 q (m - m_k)` is passed on to :math:`m` and :math:`q` to :math:`v`."""
-        sources, seen = self._sources(moments, len(mean_gate), running_mean, running_var)
+        self, moments: Moments, mean_gate: Tensor, var_gate: Tensor, weight: Tensor | None, bias: Tensor | None,
+        *running: Tensor | None,
+    ) -> tuple[Coefficients, Gradient]:  # fmt: skip
+        r"""For gradients :math:`\dot M, \dot V` by the mixed moments: their sums over the :math:`P` instances that a
+        source :math:`k` pools are the gradients by :math:`\lambda_k m_k, \lambda'_k v_k`, and with :math:`p, q` for
+        :math:`\lambda_k, \lambda'_k` times these over :math:`P`, :math:`p + 2 q (m - m_k)` is passed on to :math:`m`
+        and :math:`q` to :math:`v`."""
+        sources, seen = self._sources(moments, len(mean_gate), *running)
         shares = self._shares(mean_gate, var_gate, moments.mean.dtype)
         mean, var = _mixed(sources, shares)
-        inverse = torch.rsqrt(var + self.eps)
-        scale = inverse if weight is None else inverse * weight.to(inverse.dtype)
-        shift = -mean * scale if bias is None else torch.addcmul(bias.to(scale.dtype), mean, scale, value=-1)
+        scale, shift, behind = affine_with_gradient(mean, var, weight, bias, self.eps)
 
         def gradient(by_scale: Tensor, by_shift: Tensor) -> tuple[Tensor | None, ...]:
-            along = torch.addcmul(by_scale, mean, by_shift, value=-1)
-            by_weight = None if weight is None else (along * inverse).sum(0)
-            by_bias = None if bias is None else by_shift.sum(0)
-            given = torch.stack((by_shift.neg(), along.mul_(-0.5).mul_(inverse).mul_(inverse))).mul_(scale)
+            by_mean, by_var, by_weight, by_bias = behind(by_scale, by_shift)
+            given = torch.stack((by_mean, by_var))
             found = torch.zeros_like(given)  # By mean and by variance of each instance.
             by_shares = []
             axes = [None, 2, 1] if self.instance else [2, 1]  # Over which instances are pooled.
